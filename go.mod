@@ -1,0 +1,3 @@
+module virtfs-proxy-helper
+
+go 1.26
