@@ -1,0 +1,238 @@
+// Virtfs-proxy-helper is the privileged helper behind QEMU's "-fsdev proxy": a
+// drop-in replacement of QEMU's own that serves many VMs on one socket.
+//
+// It runs as two processes, started one by the other from this file:
+//
+//	keeper  outside the export: owns the socket's name, accepts connections
+//	server  confined to the export: serves the requests
+//
+// A third, the command as the user started it, waits until the keeper takes
+// connections, and returns; with --nodaemon it is the keeper itself.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/ops"
+	"virtfs-proxy-helper/ops/confine"
+	"virtfs-proxy-helper/pool"
+	"virtfs-proxy-helper/pool/keeper"
+)
+
+const name = "virtfs-proxy-helper"
+
+// roleEnv tells a process that this program has started what it is to be.
+const roleEnv = "VIRTFS_PROXY_HELPER_ROLE"
+
+const (
+	roleKeeper = "keeper" // detached
+	roleServer = "server"
+)
+
+func main() {
+	opts, err := parseOptions(os.Args[1:])
+	switch {
+	case errors.Is(err, errDone):
+		return
+	case err != nil:
+	case os.Getenv(roleEnv) == roleServer:
+		err = serve(opts)
+	case os.Getenv(roleEnv) == roleKeeper:
+		err = keepDetached(opts)
+	default:
+		err = start(opts)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+		os.Exit(1)
+	}
+}
+
+// start is the command as the user gave it.
+func start(opts *options) error {
+	// Whatever descriptors the caller left open end with the next exec.
+	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
+		return fmt.Errorf("close_range: %w", err)
+	}
+	if err := confine.Check(); err != nil {
+		return err
+	}
+	if err := checkExport(opts.path); err != nil {
+		return err
+	}
+	var conn *os.File
+	if opts.socket == "" {
+		if err := checkConn(opts.fd); err != nil {
+			return err
+		}
+		conn = os.NewFile(uintptr(opts.fd), "connection")
+	}
+	if opts.nodaemon {
+		return keep(opts, conn, os.Stderr, func() error { return nil })
+	}
+	cmd, err := self(roleKeeper)
+	if err != nil {
+		return err
+	}
+	return keeper.Detach(cmd, conn)
+}
+
+// keepDetached is the keeper as a daemon.
+func keepDetached(opts *options) error {
+	report := keeper.NewReport()
+	var conn *os.File
+	if opts.socket == "" {
+		unix.CloseOnExec(keeper.ConnFD)
+		conn = os.NewFile(keeper.ConnFD, "connection")
+	}
+	ready := false
+	err := keep(opts, conn, keeper.Syslog(name), func() error {
+		ready = true
+		return errors.Join(os.Chdir("/"), report.Ready())
+	})
+	if err != nil && !ready {
+		report.Error(err)
+	}
+	return err
+}
+
+// keep is the keeper. Its log and the server's go to out.
+func keep(opts *options, conn *os.File, out io.Writer, ready func() error) error {
+	server, err := self(roleServer)
+	if err != nil {
+		return err
+	}
+	server.Stdout, server.Stderr = out, out
+	log := newLog(opts, out)
+	k := keeper.Config{
+		Socket: opts.socket, UID: opts.uid, GID: opts.gid,
+		Conn:    conn,
+		PIDFile: opts.pidfile,
+		Server:  server,
+		Log:     log,
+		Ready:   ready,
+	}
+	err = k.Run()
+	if err != nil {
+		log.Error("the helper ends", "error", err)
+	}
+	return err
+}
+
+// serve is the server. It gets its connections from the keeper, and ends when
+// told to, or with its last client if nobody can bring another.
+func serve(opts *options) error {
+	log := newLog(opts, os.Stderr)
+	control := keeper.ServerControl()
+	server, err := newServer(opts, log)
+	if err != nil {
+		control.SendError(err)
+		return err
+	}
+	last := make(chan struct{}, 1)
+	server.OnEmpty(func() { last <- struct{}{} })
+	if err := control.SendReady(); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() {
+		ended <- control.Serve(func(fd int) {
+			if err := server.Add(fd); err != nil {
+				log.Error("connection refused", "error", err)
+			}
+		})
+	}()
+	once := opts.once || opts.socket == ""
+	for {
+		select {
+		case <-last:
+			if once {
+				return nil
+			}
+		case err := <-ended:
+			if err == nil {
+				return drain(server)
+			}
+			// The keeper is gone. The VMs that are here go on.
+			log.Error("the keeper died: serving on until the last client has left", "error", err)
+			if once = true; server.Serving() == 0 {
+				return nil
+			}
+			ended = nil
+		}
+	}
+}
+
+func newServer(opts *options, log *slog.Logger) (*pool.Server, error) {
+	fds, err := confine.Enter(opts.path, log)
+	if err != nil {
+		return nil, err
+	}
+	fs, err := ops.New(fds, log)
+	if err != nil {
+		return nil, err
+	}
+	return pool.NewServer(fs, opts.workers, log), nil
+}
+
+func drain(server *pool.Server) error {
+	select {
+	case <-server.Drain():
+		return nil
+	case <-time.After(keeper.StopTime):
+		return fmt.Errorf("stopped with %d connections in work", server.Serving())
+	}
+}
+
+// self returns this program as a process of the given role, with nothing of
+// the caller's environment.
+func self(role string) (*exec.Cmd, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	return &exec.Cmd{Path: exe, Args: append([]string{name}, os.Args[1:]...), Env: []string{roleEnv + "=" + role}}, nil
+}
+
+// checkExport and checkConn say early and clearly what would fail later.
+func checkExport(path string) error {
+	st, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return fmt.Errorf("--path: export %s: %w", path, errors.Unwrap(err))
+	case !st.IsDir():
+		return fmt.Errorf("--path: export %s: is not a directory", path)
+	}
+	return nil
+}
+
+func checkConn(fd int) error {
+	is := func(option, want int) bool {
+		v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
+		return err == nil && v == want
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
+		return fmt.Errorf("--fd %d: not an open descriptor", fd)
+	}
+	if !is(unix.SO_DOMAIN, unix.AF_UNIX) || !is(unix.SO_TYPE, unix.SOCK_STREAM) || !is(unix.SO_ACCEPTCONN, 0) {
+		return fmt.Errorf("--fd %d: not a connected unix stream socket", fd)
+	}
+	if _, err := unix.Getpeername(fd); err != nil {
+		return fmt.Errorf("--fd %d: not a connected unix stream socket: %w", fd, err)
+	}
+	return nil
+}
+
+func newLog(opts *options, out io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: opts.logLevel})).
+		With("export", filepath.Base(opts.path))
+}

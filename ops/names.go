@@ -1,0 +1,79 @@
+package ops
+
+import "golang.org/x/sys/unix"
+
+// mknod serves MKNOD: d uid, d gid, s path, d mode, q rdev; mknod(path, mode,
+// rdev) as uid:gid. A mode without a type makes a regular file; devices need
+// 0:0.
+func (fs *FS) mknod(c *Call) unix.Errno {
+	q := &c.req
+	if q.Rdev>>32 != 0 {
+		return unix.EINVAL // the kernel's dev_t has 32 bits
+	}
+	return c.make(func(at place) unix.Errno { return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev)) })
+}
+
+// mkdir serves MKDIR: d uid, d gid, s path, d mode; mkdir(path, mode) as
+// uid:gid.
+func (fs *FS) mkdir(c *Call) unix.Errno {
+	return c.make(func(at place) unix.Errno { return mkdirat(at.dir, at.name, c.req.Mode) })
+}
+
+// symlink serves SYMLINK: d uid, d gid, s target, s path; symlink(target,
+// path) as uid:gid.
+func (fs *FS) symlink(c *Call) unix.Errno {
+	return c.make(func(at place) unix.Errno { return symlinkat(c.req.Other.Pointer(), at.dir, at.name) })
+}
+
+// make runs a system call that makes the name c.req.Path as its owner to be.
+func (c *Call) make(do func(place) unix.Errno) unix.Errno {
+	errno := c.become(c.req.UID, c.req.GID)
+	if errno != 0 {
+		return errno
+	}
+	at, errno := locate(c.req.Path)
+	if errno == 0 {
+		errno = do(at)
+		at.close()
+	}
+	c.revert()
+	return errno
+}
+
+// link serves LINK: s old, s new; link(old, new), which does not follow old.
+func (fs *FS) link(c *Call) unix.Errno {
+	return c.both(func(old, new place) unix.Errno { return linkat(old.dir, old.name, new.dir, new.name) })
+}
+
+// rename serves RENAME: s old, s new; rename(old, new).
+func (fs *FS) rename(c *Call) unix.Errno {
+	return c.both(func(old, new place) unix.Errno { return renameat(old.dir, old.name, new.dir, new.name) })
+}
+
+func (c *Call) both(do func(old, new place) unix.Errno) unix.Errno {
+	old, errno := locate(c.req.Path)
+	if errno != 0 {
+		return errno
+	}
+	defer old.close()
+	new, errno := locate(c.req.Other)
+	if errno != 0 {
+		return errno
+	}
+	defer new.close()
+	return do(old, new)
+}
+
+// remove serves REMOVE: s path; remove(path), which is unlink, or rmdir of a
+// directory.
+func (fs *FS) remove(c *Call) unix.Errno {
+	at, errno := locate(c.req.Path)
+	if errno != 0 {
+		return errno
+	}
+	defer at.close()
+	if errno = unlinkat(at.dir, at.name, 0); errno == unix.EISDIR {
+		errno = unlinkat(at.dir, at.name, unix.AT_REMOVEDIR)
+	}
+	return errno
+}

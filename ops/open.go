@@ -1,0 +1,136 @@
+package ops
+
+import (
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+)
+
+// maxLinks is how many symbolic links a path may go through, as in Linux.
+const maxLinks = 40
+
+// open serves OPEN: s path, d flags; open(path, flags), which follows links.
+// Flags are as given: O_CREAT (the mode is 0), O_PATH, O_TMPFILE and access
+// mode 3 work. ENXIO for all but regular files and directories.
+func (fs *FS) open(c *Call) unix.Errno {
+	return fs.openAny(c, 0)
+}
+
+// create serves CREATE: s path, d flags, d mode, d uid, d gid; open(path,
+// flags, mode) as uid:gid. Without O_CREAT in the flags it is an OPEN as
+// uid:gid.
+func (fs *FS) create(c *Call) unix.Errno {
+	if errno := c.become(c.req.UID, c.req.GID); errno != 0 {
+		return errno
+	}
+	errno := fs.openAny(c, c.req.Mode)
+	c.revert()
+	return errno
+}
+
+// openAny sets c.FD. A file is created only where there is none (O_EXCL), and
+// what is there is opened only after a look at what it is. So neither can be
+// led to a FIFO or a device by an exchange of names in between.
+func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
+	flags := int(c.req.Flags) | unix.O_CLOEXEC
+	if flags&(unix.O_CREAT|unix.O_PATH) != unix.O_CREAT {
+		return fs.openExisting(c, c.req.Path, flags, mode)
+	}
+	path := c.req.Path
+	for range maxLinks {
+		errno := openNew(c, path, flags, mode)
+		if errno != unix.EEXIST || flags&unix.O_EXCL != 0 {
+			return errno
+		}
+		errno = fs.openExisting(c, path, flags, mode)
+		if errno != unix.ENOENT {
+			return errno
+		}
+		// There is a name but no file: a dangling link, whose target is to
+		// be created, or a file that went away just now.
+		if path, errno = followLink(path); errno != 0 {
+			return errno
+		}
+	}
+	return unix.ELOOP
+}
+
+// openNew creates and opens a regular file; EEXIST if the name exists.
+func openNew(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
+	at, errno := locate(path)
+	if errno != 0 {
+		return errno
+	}
+	defer at.close()
+	fd, errno := openat(at.dir, at.name, flags|unix.O_EXCL, mode)
+	if errno == 0 {
+		c.FD = fd
+	}
+	return errno
+}
+
+// openExisting opens what path leads to if it is a regular file or a
+// directory. An O_PATH descriptor pins the file without opening it; once its
+// type is known, that same file is opened through /proc/self/fd.
+func (fs *FS) openExisting(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
+	fd, errno := openPath(path, flags&(unix.O_NOFOLLOW|unix.O_DIRECTORY))
+	if errno != 0 {
+		return errno
+	}
+	switch errno = fstat(fd, &c.stat); {
+	case errno != 0:
+	case flags&unix.O_PATH == 0 && c.stat.Mode&unix.S_IFMT == unix.S_IFLNK: // O_NOFOLLOW
+		errno = unix.ELOOP
+	case c.stat.Mode&unix.S_IFMT != unix.S_IFREG && c.stat.Mode&unix.S_IFMT != unix.S_IFDIR:
+		errno = unix.ENXIO
+	case flags&unix.O_PATH != 0:
+		c.FD = fd
+		return 0
+	default:
+		c.FD, errno = fs.reopen(c, fd, flags&^unix.O_NOFOLLOW, mode)
+	}
+	closefd(fd)
+	return errno
+}
+
+// reopen opens the file under an O_PATH descriptor; -1 if that fails.
+func (fs *FS) reopen(c *Call, fd, flags int, mode uint32) (int, unix.Errno) {
+	name := append(strconv.AppendInt(c.digits[:0], int64(fd), 10), 0)
+	return openat(fs.fds, &name[0], flags, mode)
+}
+
+// openPath returns an O_PATH descriptor of what path leads to.
+func openPath(path codec.CString, flags int) (int, unix.Errno) {
+	at, errno := locate(path)
+	if errno != 0 {
+		return -1, errno
+	}
+	defer at.close()
+	return openat(at.dir, at.name, unix.O_PATH|unix.O_CLOEXEC|flags, 0)
+}
+
+// followLink returns the path that the link at path leads to; path itself
+// where there is no link (any more).
+func followLink(path codec.CString) (codec.CString, unix.Errno) {
+	at, errno := locate(path)
+	if errno != 0 {
+		return nil, errno
+	}
+	defer at.close()
+	target := make([]byte, unix.PathMax)
+	n, errno := readlinkat(at.dir, at.name, target)
+	switch {
+	case errno == unix.ENOENT || errno == unix.EINVAL:
+		return path, 0
+	case errno != 0:
+		return nil, errno
+	}
+	var next codec.CString
+	if target[0] != '/' {
+		dir, _ := splitPath(path)
+		next = append(next, dir...)
+	}
+	return append(append(next, target[:n]...), 0), 0
+}

@@ -1,0 +1,157 @@
+// Package ops does what requests ask for. Start reading at the table below:
+// one line a request.
+//
+//	ops.go       the table, the way of one call, errno to wire at one door
+//	open.go      OPEN and CREATE: which files may be opened, without a race
+//	names.go     requests that make, move and remove names
+//	inode.go     requests that read or change an inode, and GETVERSION
+//	xattr.go     extended attributes
+//	path.go      paths, those beyond PATH_MAX, too
+//	identity.go  creates as the caller's uid and gid, on one thread alone
+//	sys.go       the system calls, as they are: no allocation, no string
+//	confine/     what keeps the process inside the export
+//
+// # Trust
+//
+// A request comes from a guest that may be hostile. The process' root is the
+// export (package confine), so a path may say what it likes; a length that a
+// request names never takes memory beyond 64 KiB. Nothing here waits for
+// another process except a file system itself: FIFOs, devices and sockets are
+// never opened.
+//
+// # Threads
+//
+// A call stays on one goroutine; only while its thread differs from the others
+// (between become and revert, in byName) is it locked to that. An FS is used by any number of calls at once, a Call by one.
+package ops
+
+import (
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+)
+
+// table holds what each request does: it returns an errno, or appends its
+// answer to c.Out, or neither, which is the status 0.
+var table = [codec.NumTypes]func(*FS, *Call) unix.Errno{
+	codec.Open:         (*FS).open,
+	codec.Create:       (*FS).create,
+	codec.Mknod:        (*FS).mknod,
+	codec.Mkdir:        (*FS).mkdir,
+	codec.Symlink:      (*FS).symlink,
+	codec.Link:         (*FS).link,
+	codec.Lstat:        (*FS).lstat,
+	codec.Readlink:     (*FS).readlink,
+	codec.Statfs:       (*FS).statfs,
+	codec.Chmod:        (*FS).chmod,
+	codec.Chown:        (*FS).chown,
+	codec.Truncate:     (*FS).truncate,
+	codec.Utime:        (*FS).utime,
+	codec.Rename:       (*FS).rename,
+	codec.Remove:       (*FS).remove,
+	codec.Lgetxattr:    (*FS).lgetxattr,
+	codec.Llistxattr:   (*FS).llistxattr,
+	codec.Lsetxattr:    (*FS).lsetxattr,
+	codec.Lremovexattr: (*FS).lremovexattr,
+	codec.GetVersion:   (*FS).getversion,
+}
+
+// FS is the exported file system: the root directory of the process.
+type FS struct {
+	fds      int  // a directory whose entries are this process' descriptors: /proc/self/fd
+	versions bool // GETVERSION has an answer here
+	handles  bool // and a file handle holds it,
+	mount    int32
+	log      *slog.Logger
+	trace    bool // log each request
+}
+
+// New returns the file system below the process' root. fds is a descriptor
+// of /proc/self/fd, which the FS keeps.
+func New(fds int, log *slog.Logger) (*FS, error) {
+	fs := &FS{fds: fds, log: log, trace: log.Enabled(nil, slog.LevelDebug)}
+	if err := fs.probeVersions(); err != nil {
+		return nil, fmt.Errorf("export: %w", err)
+	}
+	return fs, nil
+}
+
+// Call is one request on its way: decoded fields, answer and the room that
+// system calls write to. A connection uses one Call again and again.
+type Call struct {
+	Out []byte // the answer's bytes, whole
+	FD  int    // the descriptor that goes with them, or -1; the caller of Do owns it
+
+	// Stray says that the thread under this goroutine has an identity or a
+	// working directory that could not be taken back. The goroutine is locked
+	// to it, must not call Do again, and has to end.
+	Stray bool
+
+	req      codec.Request
+	switched bool // the thread is not as others: between become and revert, or in byName
+	stat     unix.Stat_t
+	statbuf  unix.Statfs_t
+	times    [2]unix.Timespec
+	handle   fileHandle
+	mount    int32
+	version  uint32
+	digits   [12]byte
+}
+
+// Do serves one request of a type that codec.ParseHeader let through. The
+// payload is overwritten. It leaves an answer in c.Out, which it reuses, and
+// in c.FD, whatever happens.
+func (fs *FS) Do(t codec.Type, payload []byte, c *Call) {
+	c.Out, c.FD = c.Out[:0], -1
+	errno := fs.do(t, payload, c)
+	switch {
+	case errno != 0:
+		c.Out = codec.AppendErrno(c.Out[:0], t, errno)
+	case c.FD >= 0:
+		c.Out = codec.AppendFD(c.Out)
+	case len(c.Out) == 0:
+		c.Out = codec.AppendStatus(c.Out, 0)
+	}
+	if fs.trace {
+		fs.traceCall(t, c, errno)
+	}
+}
+
+// do is the part of Do that may panic: a bug answers EIO and is logged, and
+// the connections go on.
+func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
+	defer func() {
+		if p := recover(); p != nil {
+			fs.log.Error("panic in a request", "request", t.String(), "panic", p, "stack", string(debug.Stack()))
+			c.Stray = c.Stray || c.switched
+			if c.FD >= 0 {
+				closefd(c.FD)
+				c.FD = -1
+			}
+			errno = unix.EIO
+		}
+	}()
+	if t == codec.GetVersion && !fs.versions {
+		c.Out = codec.AppendVersion(c.Out, 0) // as the C helper: without a look at the payload
+		return 0
+	}
+	if !c.req.Decode(t, payload) {
+		return unix.ENOBUFS
+	}
+	return table[t](fs, c)
+}
+
+func (fs *FS) traceCall(t codec.Type, c *Call, errno unix.Errno) {
+	attrs := []any{"path", string(c.req.Path)}
+	if t == codec.Symlink || t == codec.Link || t == codec.Rename {
+		attrs = append(attrs, "other", string(c.req.Other))
+	}
+	if errno != 0 {
+		attrs = append(attrs, "errno", unix.ErrnoName(errno))
+	}
+	fs.log.Debug(t.String(), attrs...)
+}

@@ -1,0 +1,111 @@
+package keeper
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/syslog"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Descriptors that a detached keeper finds open.
+const (
+	reportFD = 3 // the pipe to whoever started it
+	ConnFD   = 4 // the connection, if it is given one
+)
+
+// Detach starts cmd as a daemon: in a session of its own, with nothing of the
+// caller's but conn, if that is not nil. It returns when the daemon has called
+// Report.Ready, or with the error that it died of.
+func Detach(cmd *exec.Cmd, conn *os.File) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd.ExtraFiles = []*os.File{w}
+	if conn != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, conn)
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	report, err := io.ReadAll(r)
+	switch {
+	case err != nil:
+		return err
+	case bytes.HasPrefix(report, []byte{msgReady}):
+		return nil
+	case bytes.HasPrefix(report, []byte{msgError}):
+		return errors.New(string(report[1:]))
+	}
+	return fmt.Errorf("the daemon died at its start: %v", cmd.Wait())
+}
+
+// Report is a detached keeper's word to whoever started it, given once.
+type Report struct{ pipe *os.File }
+
+// NewReport returns the report of a process that Detach started.
+func NewReport() *Report {
+	unix.CloseOnExec(reportFD)
+	return &Report{os.NewFile(reportFD, "report")}
+}
+
+// Ready says that all is well.
+func (r *Report) Ready() error { return r.send([]byte{msgReady}) }
+
+// Error says why the start failed.
+func (r *Report) Error(err error) error { return r.send(append([]byte{msgError}, err.Error()...)) }
+
+func (r *Report) send(msg []byte) error {
+	_, err := r.pipe.Write(msg)
+	return errors.Join(err, r.pipe.Close())
+}
+
+// Syslog writes log lines of slog's text format to the system's log, each with
+// its own priority. Without a system log they are lost.
+func Syslog(tag string) io.Writer {
+	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, tag)
+	if err != nil {
+		return io.Discard
+	}
+	return &syslogWriter{log: w}
+}
+
+type syslogWriter struct {
+	log  *syslog.Writer
+	part []byte // of a line whose end has not come
+}
+
+func (s *syslogWriter) Write(p []byte) (int, error) {
+	s.part = append(s.part, p...)
+	for {
+		line, rest, ok := bytes.Cut(s.part, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		s.write(string(line))
+		s.part = rest
+	}
+}
+
+func (s *syslogWriter) write(line string) error {
+	for level, write := range map[string]func(string) error{
+		"level=DEBUG": s.log.Debug,
+		"level=INFO":  s.log.Info,
+		"level=WARN":  s.log.Warning,
+	} {
+		if bytes.Contains([]byte(line[:min(len(line), 80)]), []byte(level)) {
+			return write(line)
+		}
+	}
+	return s.log.Err(line) // errors, and whatever a dying server says
+}
