@@ -1,0 +1,215 @@
+// Bench is a synthetic QEMU: it sends a helper the requests that QEMU would,
+// in the way QEMU does, checks every answer, and tells how long they took. It
+// starts the helper, and the C helper beside it, by itself:
+//
+//	go run ./bench                  ours, each operation, one connection
+//	go run ./bench --peer           beside the C helper, with ratios
+//	go run ./bench --peer --matrix  all placements and numbers of connections
+//
+// One request's way through the files: ops.go says what to ask, client.go asks
+// and takes the time, server.go runs those who answer, run.go lets them take
+// turns, stats.go and report.go make figures of it. trace.go and record.go
+// are about recorded traffic, plot.go about the HTML page.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+type options struct {
+	helper, peer, socket string
+	floor, matrix        bool
+
+	connections []int
+	pin         []string
+
+	ops         []string
+	mix, replay string
+	sparse      []time.Duration
+	idle        time.Duration
+
+	rounds, chunk, count int
+	duration             time.Duration
+	seed                 uint64
+	dir                  string
+
+	json, html     string
+	record, listen string
+	serveFloor     bool
+	quiet          bool
+}
+
+const usage = `Bench measures helpers for QEMU's "-fsdev proxy": it plays QEMU, one request in
+flight on each connection, and prints latency, throughput and CPU time.
+
+  bench --peer                        every operation, ours beside the C helper
+  bench --peer --ops lstat,create     two of them
+  bench --peer --mix guest            what a Linux guest sends, at random
+  bench --replay guest.trace.gz       what a guest has sent, in order
+  bench --peer --matrix --html p.html the whole truth, in some ten minutes
+  bench --record guest.trace.gz --listen NEW --socket NAME
+                                      record a guest: QEMU connects to NEW, the
+                                      helper listens on NAME
+
+Programs take turns in small chunks of the same requests. A ratio is the median
+of the ratios of neighbouring chunks: machines drift, neighbours drift alike.
+Before each chunk come 32 unmeasured requests, after it whatever clears up.
+
+Options:
+`
+
+func parseOptions(args []string) (*options, error) {
+	o := &options{}
+	f := pflag.NewFlagSet("bench", pflag.ContinueOnError)
+	f.SortFlags = false
+	f.StringVar(&o.helper, "helper", "", "the helper to measure; default: build the one of this module")
+	f.StringVar(&o.socket, "socket", "", "measure the running helper that listens on this `name`, instead")
+	f.StringVar(&o.peer, "peer", "", "run this `helper`, one process for each connection, beside it (no value: the C helper)")
+	f.Lookup("peer").NoOptDefVal = cHelper
+	f.BoolVar(&o.floor, "floor", false, "beside LSTAT, run a server that answers without looking: what the wire alone costs")
+	f.IntSliceVar(&o.connections, "connections", []int{1}, "how many connections; each `number` is measured by itself")
+	f.StringSliceVar(&o.pin, "pin", []string{"unpinned"}, "where clients and servers run: split (a CPU each), shared (one CPU), unpinned")
+	f.StringSliceVar(&o.ops, "ops", strings.Split(operationNames(), ","), "which operations")
+	f.StringVar(&o.mix, "mix", "", "instead of one operation after the other a random mixture, such as lstat=70,open=30; or guest")
+	f.StringVar(&o.replay, "replay", "", "instead, the requests of a recorded trace, on one connection (`file`, perhaps .gz)")
+	f.IntVar(&o.rounds, "rounds", 21, "how many chunks of each operation every program gets; of a replay: how often")
+	f.IntVar(&o.chunk, "chunk", 0, "requests in a chunk on each connection (default 1024 by connections, at least 64)")
+	f.IntVar(&o.count, "count", 0, "requests on each connection, instead of --rounds (rounded up to chunks)")
+	f.DurationVar(&o.duration, "duration", 0, "go on with each operation for that long, instead of --rounds")
+	f.DurationSliceVar(&o.sparse, "sparse", nil, "also LSTAT with such a pause before each request, for example 2ms,20ms")
+	f.DurationVar(&o.idle, "idle", 0, "at the end, measure CPU time and memory of idle helpers for that long")
+	f.BoolVar(&o.matrix, "matrix", false, "--connections 1,8,64 --pin split,shared,unpinned --floor --sparse 2ms,20ms --idle 5s, where not given")
+	f.Uint64Var(&o.seed, "seed", 1, "of the random mixture")
+	f.StringVar(&o.dir, "dir", os.TempDir(), "where to make the directories to export: the file system matters")
+	f.StringVar(&o.json, "json", "", "write the results to this `file`")
+	f.StringVar(&o.html, "html", "", "write a page with plots to this `file`")
+	f.StringVar(&o.record, "record", "", "don't measure: record a trace to this `file`, between QEMU and a helper")
+	f.StringVar(&o.listen, "listen", "", "with --record: the `name` that QEMU connects to")
+	f.BoolVar(&o.serveFloor, "serve-floor", false, "")
+	f.MarkHidden("serve-floor")
+	f.Usage = func() { fmt.Print(usage, f.FlagUsagesWrapped(100)) }
+	args = append([]string(nil), args...)
+	for i, a := range args { // there are no short options: -peer is --peer
+		if len(a) > 2 && a[0] == '-' && a[1] != '-' {
+			args[i] = "-" + a
+		}
+	}
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	if o.serveFloor {
+		return o, nil
+	}
+	if f.NArg() > 0 {
+		return nil, fmt.Errorf("%q: there are only options", f.Arg(0))
+	}
+	if o.matrix {
+		for name, value := range map[string]string{"connections": "1,8,64", "pin": "split,shared,unpinned", "floor": "true", "sparse": "2ms,20ms", "idle": "5s"} {
+			if !f.Changed(name) {
+				f.Set(name, value)
+			}
+		}
+	}
+	if o.count > 0 && o.duration > 0 {
+		return nil, errors.New("--count and --duration exclude each other")
+	}
+	for _, n := range o.connections {
+		if n < 1 || n > 1000 {
+			return nil, fmt.Errorf("--connections %d: want 1 to 1000", n)
+		}
+		if o.replay != "" && n != 1 {
+			return nil, errors.New("--replay takes one connection: a trace has paths of its own")
+		}
+	}
+	switch {
+	case o.rounds < 1 || o.chunk < 0 || o.count < 0 || o.duration < 0 || o.idle < 0:
+		return nil, errors.New("--rounds, --chunk, --count, --duration, --idle: want positive numbers")
+	case (o.record != "") != (o.listen != "") || o.record != "" && o.socket == "":
+		return nil, errors.New("--record, --listen and --socket go together")
+	case o.socket != "" && (o.helper != "" || o.replay != ""):
+		return nil, errors.New("--socket excludes --helper, and --replay, which has to make files")
+	case o.replay != "" && o.mix != "":
+		return nil, errors.New("--replay and --mix exclude each other")
+	}
+	return o, nil
+}
+
+func main() {
+	o, err := parseOptions(os.Args[1:])
+	switch {
+	case errors.Is(err, pflag.ErrHelp):
+		return
+	case err == nil && o.serveFloor:
+		err = serveFloor(3)
+	case err == nil:
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		err = run(ctx, o)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// run does what the options say, in a temporary directory that it removes.
+func run(ctx context.Context, o *options) error {
+	if o.record != "" {
+		return record(ctx, o.record, o.listen, o.socket)
+	}
+	at, err := placements(o.pin)
+	if err != nil {
+		return err
+	}
+	if o.peer != "" {
+		if err := needHelper(o.peer); err != nil {
+			return err
+		}
+	}
+	dir, err := os.MkdirTemp(o.dir, "bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if o.helper == "" && o.socket == "" {
+		o.helper = filepath.Join(dir, "virtfs-proxy-helper")
+		build := exec.CommandContext(ctx, "go", "build", "-o", o.helper, "virtfs-proxy-helper")
+		if text, err := build.CombinedOutput(); err != nil {
+			return fmt.Errorf("go build: %w\n%s", err, text)
+		}
+	}
+	r, tell := newReport(), newProgress()
+	for _, placement := range at {
+		for _, n := range o.connections {
+			c := cell{opts: o, at: placement, conns: n, report: r, tell: tell}
+			c.dir = filepath.Join(dir, fmt.Sprintf("%s-%d", placement.name, n))
+			if err = os.Mkdir(c.dir, 0o755); err == nil {
+				err = c.run(ctx)
+			}
+			if err != nil {
+				break
+			}
+		}
+	}
+	// What was measured until something went wrong is worth telling, too.
+	tell.end()
+	r.print(os.Stdout)
+	if o.json != "" {
+		err = errors.Join(err, r.writeJSON(o.json))
+	}
+	if o.html != "" {
+		err = errors.Join(err, r.writeHTML(o.html))
+	}
+	return err
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"runtime"
+	"text/tabwriter"
+	"time"
+)
+
+// number is a figure; NaN, which JSON does not know, becomes null.
+type number float64
+
+func (n number) MarshalJSON() ([]byte, error) {
+	if f := float64(n); math.IsNaN(f) || math.IsInf(f, 0) {
+		return []byte("null"), nil
+	}
+	return fmt.Appendf(nil, "%.4g", float64(n)), nil
+}
+
+// text formats n, or a dash if there is none.
+func (n number) text(format string) string {
+	if math.IsNaN(float64(n)) {
+		return "-"
+	}
+	return fmt.Sprintf(format, float64(n))
+}
+
+// report is everything that a run has found; it is what --json writes.
+type report struct {
+	Command []string `json:"command"`
+	Kernel  string   `json:"kernel"`
+	CPUs    int      `json:"cpus"`
+	Rows    []row    `json:"rows"`
+	Idle    []idle   `json:"idle,omitempty"`
+	Notes   []string `json:"notes,omitempty"`
+}
+
+// row is one operation in one cell.
+type row struct {
+	Placement   string    `json:"placement"`
+	Connections int       `json:"connections"`
+	Workload    string    `json:"workload"`
+	Operation   string    `json:"operation"`
+	Programs    []figures `json:"programs"`
+}
+
+// figures is what one program made of it. Times are in microseconds.
+type figures struct {
+	Program      string       `json:"program"`
+	Requests     int64        `json:"requests"`
+	Wrong        int          `json:"wrong"` // answers of another kind than expected, in the whole workload
+	P50          number       `json:"p50_us"`
+	P99          number       `json:"p99_us"`
+	P999         number       `json:"p99.9_us"`
+	Throughput   number       `json:"requests_per_second"`
+	CPU          number       `json:"cpu_us_per_request"`
+	Ratios       *ratios      `json:"ratios_to_peer,omitempty"`
+	Distribution [][2]float64 `json:"distribution"` // percent, microseconds
+}
+
+// idle is what a program cost while nothing happened.
+type idle struct {
+	Placement     string `json:"placement"`
+	Connections   int    `json:"connections"`
+	Program       string `json:"program"`
+	Processes     int    `json:"processes"`
+	CPU           number `json:"cpu_ms_per_second"`
+	Resident      number `json:"resident_kib"`
+	PerConnection number `json:"resident_kib_per_connection"`
+}
+
+func newReport() *report {
+	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	return &report{Command: os.Args, Kernel: string(kernel), CPUs: runtime.NumCPU()}
+}
+
+func newFigures(program string, s *series, wrong int) figures {
+	at := func(p float64) number { return number(float64(s.latency.ValueAtQuantile(p)) / 1e3) }
+	n := float64(s.latency.TotalCount())
+	f := figures{
+		Program: program, Requests: s.latency.TotalCount(), Wrong: wrong,
+		P50: at(50), P99: at(99), P999: at(99.9),
+		Throughput: number(n / s.wall * 1e9), CPU: number(s.cpu / n / 1e3),
+	}
+	for _, b := range s.latency.CumulativeDistribution() {
+		f.Distribution = append(f.Distribution, [2]float64{b.Quantile, float64(b.ValueAt) / 1e3})
+	}
+	return f
+}
+
+func (r *report) add(w row) { r.Rows = append(r.Rows, w) }
+
+// note tells of n wrong answers.
+func (r *report) note(n int, program, workload, first string) {
+	if n > 0 {
+		r.Notes = append(r.Notes, fmt.Sprintf("%s: %s: %d answers of another kind than expected; the first ever: %s", program, workload, n, first))
+	}
+}
+
+// print writes the tables.
+func (r *report) print(out io.Writer) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	for i, row := range r.Rows {
+		if i == 0 || row.Placement != r.Rows[i-1].Placement || row.Connections != r.Rows[i-1].Connections {
+			w.Flush()
+			fmt.Fprintf(out, "\nplacement %s, connections %d; µs, and the median of the ratios to the peer's neighbouring chunk\n", row.Placement, row.Connections)
+			fmt.Fprint(w, "operation\tprogram\trequests\twrong\tp50\tp99\tp99.9\treq/s\tcpu/req\t|\tp50\tp99\treq/s\tcpu\tpairs\t\n")
+		}
+		for _, f := range row.Programs {
+			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t|\t", row.Operation, f.Program, f.Requests, f.Wrong,
+				f.P50.text("%.1f"), f.P99.text("%.1f"), f.P999.text("%.1f"), f.Throughput.text("%.0f"), f.CPU.text("%.2f"))
+			if q := f.Ratios; q != nil {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t\n", q.P50.text("%.2f"), q.P99.text("%.2f"), q.Throughput.text("%.2f"), q.CPU.text("%.2f"), q.Pairs)
+			} else {
+				fmt.Fprint(w, "\t\t\t\t\t\n")
+			}
+		}
+	}
+	w.Flush()
+	if len(r.Idle) > 0 {
+		fmt.Fprint(out, "\nidle, from a second after the last request\n")
+		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tcpu ms/s\tresident KiB\tper connection\t\n")
+		for _, i := range r.Idle {
+			fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%s\t%s\t%s\t\n", i.Placement, i.Connections, i.Program, i.Processes,
+				i.CPU.text("%.3f"), i.Resident.text("%.0f"), i.PerConnection.text("%.1f"))
+		}
+		w.Flush()
+	}
+	for _, note := range r.Notes {
+		fmt.Fprintln(out, note)
+	}
+}
+
+func (r *report) writeJSON(name string) error {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(name, append(text, '\n'), 0o644)
+}
+
+// progress tells on stderr what is going on, from two seconds after the start.
+type progress struct {
+	start, last time.Time
+	terminal    bool
+	quiet       bool
+}
+
+func newProgress() *progress {
+	info, err := os.Stderr.Stat()
+	return &progress{start: time.Now(), terminal: err == nil && info.Mode()&os.ModeCharDevice != 0}
+}
+
+// say is called between chunks, so that nothing is written while one runs.
+func (p *progress) say(format string, args ...any) {
+	every := 10 * time.Second
+	if p.terminal {
+		every = 200 * time.Millisecond
+	}
+	now := time.Now()
+	if p.quiet || now.Sub(p.start) < 2*time.Second || now.Sub(p.last) < every {
+		return
+	}
+	p.last = now
+	line := fmt.Sprintf("%4.0f s  ", now.Sub(p.start).Seconds()) + fmt.Sprintf(format, args...)
+	if p.terminal {
+		line = "\r\x1b[K" + line
+	} else {
+		line += "\n"
+	}
+	fmt.Fprint(os.Stderr, line)
+}
+
+func (p *progress) end() {
+	if p.terminal && !p.last.IsZero() {
+		fmt.Fprint(os.Stderr, "\r\x1b[K")
+	}
+}

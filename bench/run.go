@@ -1,0 +1,318 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"virtfs-proxy-helper/codec"
+)
+
+// warmUp is how many unmeasured requests a connection sends before each chunk:
+// the other program has just had the caches.
+const warmUp = 32
+
+// cell is one placement and number of connections, measured on fresh
+// processes.
+type cell struct {
+	opts    *options
+	at      placement
+	conns   int
+	dir     string // for exports and sockets
+	report  *report
+	tell    *progress
+	running []*program // ours, then the peer and the floor if there are
+}
+
+// run measures one cell and adds what it finds to the report.
+func (c *cell) run(ctx context.Context) (err error) {
+	runtime.GOMAXPROCS(c.conns + 4) // clients hold theirs while they block
+	debug.SetGCPercent(-1)          // collected by hand, between workloads
+	dirs := make([]string, c.conns)
+	for i := range dirs {
+		dirs[i] = fmt.Sprintf("//bench-%d-%02d", os.Getpid(), i)
+	}
+	defer func() {
+		for _, p := range c.running {
+			if !p.isFloor && err == nil && c.opts.replay == "" {
+				_, _, err = p.exchange(func(i int) []request { _, down := fixtures(dirs[i]); return down }, 0, false)
+			}
+			p.stop()
+		}
+	}()
+	empty := map[*program]float64{} // resident size before the first connection's first request
+	for _, l := range c.launches() {
+		c.tell.say("starting %s", l.name)
+		p, err := start(l)
+		p.isFloor = l.name == "floor"
+		c.running = append(c.running, p)
+		if err != nil {
+			return err
+		}
+		if p.isFloor || c.opts.replay != "" {
+			continue
+		}
+		empty[p] = residentSize(p.processes())
+		if _, _, err := p.exchange(func(i int) []request { up, _ := fixtures(dirs[i]); return up }, 0, false); err != nil {
+			return err
+		}
+		if n, first := p.wrong(); n > 0 {
+			return fmt.Errorf("%s: making the files to work on: %s%s", p.name, first, p.said())
+		}
+	}
+	workloads, err := c.workloads(dirs)
+	if err != nil {
+		return err
+	}
+	for i := range workloads {
+		if err := c.measure(ctx, &workloads[i]); err != nil {
+			return err
+		}
+	}
+	if c.opts.idle > 0 {
+		return c.rest(ctx, empty)
+	}
+	return nil
+}
+
+// launches lists what to start, ours first.
+func (c *cell) launches() (list []launch) {
+	o := c.opts
+	add := func(name, path string, perClient bool, args ...string) {
+		export := filepath.Join(c.dir, name)
+		list = append(list, launch{name: name, path: path, args: args, perClient: perClient,
+			export: export, connections: c.conns, at: c.at})
+	}
+	if o.socket != "" {
+		list = append(list, launch{name: "ours", socket: o.socket, connections: c.conns, at: c.at})
+	} else {
+		add("ours", o.helper, o.helper == o.peer || o.helper == cHelper)
+	}
+	if o.peer != "" {
+		add("peer", o.peer, true)
+	}
+	if o.floor {
+		self, _ := os.Executable()
+		add("floor", self, true, "--serve-floor")
+	}
+	return list
+}
+
+// workloads lists what to measure.
+func (c *cell) workloads(dirs []string) (list []workload, err error) {
+	o := c.opts
+	size, rounds := o.chunk, 0
+	if size == 0 {
+		size = max(1024/c.conns, 64)
+	}
+	if o.count > 0 {
+		size = min(size, o.count)
+		rounds = (o.count + size - 1) / size
+	}
+	switch {
+	case o.replay != "":
+		w, err := replayWorkload(o.replay, 1024, o.rounds)
+		return []workload{w}, err
+	case o.mix != "":
+		mix, err := parseMix(o.mix)
+		w := mixture("mix", mix, size, dirs, o.seed)
+		w.rounds = rounds
+		return []workload{w}, err
+	}
+	for _, name := range o.ops {
+		op, err := operationNamed(name)
+		if err != nil {
+			return nil, err
+		}
+		w := mixture(operations[op].name, []weighted{{op, 1}}, size, dirs, o.seed)
+		w.rounds = rounds
+		list = append(list, w)
+	}
+	for _, pause := range o.sparse {
+		w := mixture(fmt.Sprintf("lstat every %v", pause), []weighted{{0, 1}}, 24, dirs, o.seed)
+		w.pause = pause
+		list = append(list, w)
+	}
+	return list, nil
+}
+
+// more tells whether a workload needs another round.
+func (c *cell) more(w *workload, round int, since time.Time) bool {
+	switch o := c.opts; {
+	case w.rounds > 0:
+		return round < w.rounds
+	case o.duration > 0:
+		return round < 1 || time.Since(since) < o.duration
+	default:
+		return round < o.rounds
+	}
+}
+
+// measure has the programs take turns in the same chunks of the workload, and
+// reports what each made of them. Who begins changes from round to round.
+func (c *cell) measure(ctx context.Context, w *workload) error {
+	runtime.GC()
+	var running []*program
+	for _, p := range c.running {
+		if !p.isFloor || w.name == "lstat" || w.pause > 0 {
+			running = append(running, p)
+		}
+	}
+	ours := running[0]
+	// One series for each name of the workload, and one for all of them.
+	all := len(w.ops)
+	results := map[*program][]*series{}
+	pids := map[*program][]int{}
+	wrong := map[*program]int{}
+	for _, p := range running {
+		for range all + 1 {
+			results[p] = append(results[p], newSeries())
+		}
+		pids[p] = p.processes()
+		wrong[p], _ = p.wrong()
+	}
+	// The first round warms up, except in a replay, which can't be repeated.
+	round := -1
+	if w.pass > 0 {
+		round = 0
+	}
+	for since := time.Now(); round < 0 || c.more(w, round, since); round++ {
+		batches := make([]batch, c.conns)
+		for i := range batches {
+			batches[i] = w.next(i)
+		}
+		order := slices.Clone(running)
+		if round%2 != 0 {
+			slices.Reverse(order)
+		}
+		for _, p := range order {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			c.tell.say("%s, %d connections, %s: round %d, %s", c.at.name, c.conns, w.name, round+1, p.name)
+			if w.pass > 0 && round%w.pass == 0 {
+				if err := w.before(p); err != nil {
+					return err
+				}
+			}
+			wall, cpu, elapsed, err := c.turn(p, batches, w.pause, pids[p])
+			if err != nil {
+				return err
+			}
+			if round < 0 {
+				continue
+			}
+			latencies := make([][]int64, all+1)
+			for i, b := range batches {
+				for j, r := range b.timed {
+					latencies[r.op] = append(latencies[r.op], elapsed[i][j])
+				}
+				latencies[all] = append(latencies[all], elapsed[i]...)
+			}
+			for op, l := range latencies[:all] {
+				results[p][op].add(l, wall, math.NaN())
+			}
+			results[p][all].add(latencies[all], wall, cpu)
+		}
+	}
+	for _, p := range running {
+		n, first := p.wrong()
+		c.report.note(n-wrong[p], p.name, w.name, first)
+		wrong[p] = n - wrong[p]
+	}
+	peer := slices.IndexFunc(running, func(p *program) bool { return p.name == "peer" })
+	add := func(op int, name string) {
+		row := row{Placement: c.at.name, Connections: c.conns, Workload: w.name, Operation: name}
+		for _, p := range running {
+			f := newFigures(p.name, results[p][op], wrong[p])
+			if peer >= 0 && p.name != "peer" {
+				f.Ratios = compare(results[p][op], results[running[peer]][op])
+			}
+			row.Programs = append(row.Programs, f)
+		}
+		c.report.add(row)
+	}
+	if all > 1 {
+		for op, name := range w.ops {
+			if results[ours][op].latency.TotalCount() > 0 {
+				add(op, name)
+			}
+		}
+	}
+	add(all, w.name)
+	return nil
+}
+
+// turn is one program's chunk: what it needs beforehand, what is measured, and
+// what has to be cleared up after it. It returns the duration, the CPU time of
+// the processes and each client's latencies, all in nanoseconds.
+func (c *cell) turn(p *program, batches []batch, pause time.Duration, pids []int) (wall, cpu float64, elapsed [][]int64, err error) {
+	before := func(i int) []request {
+		if pause > 0 {
+			return nil
+		}
+		return append(slices.Repeat(touchRoot, warmUp), batches[i].before...)
+	}
+	after := func(i int) []request { return batches[i].after }
+	if p.isFloor { // whose answers are those of LSTAT, whatever is asked
+		before = func(int) []request { return slices.Repeat(touchRoot, warmUp) }
+		after = func(int) []request { return nil }
+	}
+	if _, _, err = p.exchange(before, 0, false); err != nil {
+		return
+	}
+	start := cpuTime(pids)
+	wall, elapsed, err = p.exchange(func(i int) []request { return batches[i].timed }, pause, true)
+	if err != nil {
+		return
+	}
+	cpu = cpuTime(pids) - start
+	_, _, err = p.exchange(after, 0, false)
+	return
+}
+
+var touchRoot = []request{{
+	frame: (&codec.Request{Path: codec.CString("/\x00")}).Append(nil, codec.Lstat),
+	typ:   codec.Lstat, size: codec.StatSize,
+}}
+
+// rest measures what the programs cost while no request comes. It begins a
+// second after the last one.
+func (c *cell) rest(ctx context.Context, empty map[*program]float64) error {
+	c.tell.say("%s, %d connections: idle for %v", c.at.name, c.conns, c.opts.idle)
+	sleep := func(d time.Duration) {
+		select {
+		case <-ctx.Done():
+		case <-time.After(d):
+		}
+	}
+	sleep(time.Second)
+	before := map[*program]float64{}
+	for _, p := range c.running {
+		before[p] = cpuTime(p.processes())
+	}
+	sleep(c.opts.idle)
+	for _, p := range c.running {
+		if p.isFloor {
+			continue
+		}
+		pids := p.processes()
+		size := residentSize(pids)
+		grown := size - empty[p]
+		if len(p.roots) > 1 { // a process for each connection: they cost all they have
+			grown = size
+		}
+		c.report.Idle = append(c.report.Idle, idle{
+			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(pids),
+			CPU:      number((cpuTime(pids) - before[p]) / 1e6 / c.opts.idle.Seconds()),
+			Resident: number(size / 1024), PerConnection: number(grown / 1024 / float64(c.conns)),
+		})
+	}
+	return ctx.Err()
+}

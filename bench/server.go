@@ -1,0 +1,361 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+)
+
+// cHelper is where Debian puts the C helper.
+const cHelper = "/usr/lib/qemu/virtfs-proxy-helper"
+
+func needHelper(path string) error {
+	if _, err := os.Stat(path); err != nil {
+		return fmt.Errorf("%w: the C helper comes with: apt-get install qemu-system-common", err)
+	}
+	return nil
+}
+
+// program is one of the things that are compared: the processes that serve,
+// and the clients of their connections.
+type program struct {
+	name    string
+	export  string // the directory that it serves, if bench has made it; export.log is its stderr
+	roots   []int  // process ids of what was started, or found behind a socket
+	cmds    []*exec.Cmd
+	clients []*client
+	isFloor bool
+}
+
+// placement says on which CPUs clients and servers run.
+type placement struct {
+	name           string
+	client, server int
+}
+
+const anyCPU = -1
+
+func placements(names []string) (list []placement, err error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return nil, err
+	}
+	var cpus []int
+	for i := range len(set) * 64 {
+		if set.IsSet(i) {
+			cpus = append(cpus, i)
+		}
+	}
+	for _, name := range names {
+		switch {
+		case name == "unpinned":
+			list = append(list, placement{name, anyCPU, anyCPU})
+		case name == "shared":
+			list = append(list, placement{name, cpus[len(cpus)-1], cpus[len(cpus)-1]})
+		case name == "split" && len(cpus) > 1:
+			list = append(list, placement{name, cpus[0], cpus[len(cpus)-1]})
+		case name == "split":
+			return nil, errors.New("placement split needs two CPUs")
+		default:
+			return nil, fmt.Errorf("no placement %q: there are split, shared, unpinned", name)
+		}
+	}
+	return list, nil
+}
+
+// pinThread pins a thread (0: the calling one) to cpu, unless that is anyCPU.
+func pinThread(tid, cpu int) error {
+	if cpu == anyCPU {
+		return nil
+	}
+	var set unix.CPUSet
+	set.Set(cpu)
+	return unix.SchedSetaffinity(tid, &set)
+}
+
+// launch is how a program gets its processes and connections.
+type launch struct {
+	name        string
+	path        string   // of the binary; empty to connect to socket
+	args        []string // before the helper's own
+	socket      string
+	perClient   bool   // a process for each connection
+	export      string // directory to make and serve
+	connections int
+	at          placement
+}
+
+// start runs what l says and connects to it. The program is to be stopped even
+// if start fails.
+func start(l launch) (p *program, err error) {
+	p = &program{name: l.name, export: l.export}
+	connect := func(fd int) {
+		stagger := time.Duration(len(p.clients)) * time.Millisecond
+		p.clients = append(p.clients, newClient(fd, l.at.client, stagger))
+	}
+	if l.export != "" {
+		if err := os.Mkdir(l.export, 0o755); err != nil {
+			return p, err
+		}
+	}
+	socket := l.socket
+	switch {
+	case l.path == "":
+	case l.perClient || l.connections == 1:
+		for range l.connections {
+			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return p, err
+			}
+			theirs := os.NewFile(uintptr(fds[1]), "helper's end")
+			connect(fds[0])
+			err = p.exec(l.path, append(l.args, "-n", "-p", l.export, "-f", "3"), theirs, l.at.server)
+			theirs.Close()
+			if err != nil {
+				return p, err
+			}
+		}
+		return p, nil
+	default:
+		socket = l.export + ".socket"
+		if err := p.exec(l.path, append(l.args, "-n", "-p", l.export, "-s", socket, "-u", "0", "-g", "0"), nil, l.at.server); err != nil {
+			return p, err
+		}
+	}
+	for range l.connections {
+		fd, err := dial(socket, 5*time.Second)
+		if err != nil {
+			return p, fmt.Errorf("%s: %w%s", l.name, err, p.said())
+		}
+		connect(fd)
+		if l.path == "" && len(p.roots) == 0 {
+			cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+			if err != nil {
+				return p, err
+			}
+			p.roots = append(p.roots, int(cred.Pid))
+		}
+	}
+	return p, nil
+}
+
+// exec starts a process that has file, if not nil, as descriptor 3. All its
+// threads, and its children, inherit the CPU that it starts on.
+func (p *program) exec(path string, args []string, file *os.File, cpu int) error {
+	cmd := exec.Command(path, args...)
+	log, err := os.OpenFile(p.export+".log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd.Stderr = log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // nothing outlives us
+	if file != nil {
+		cmd.ExtraFiles = []*os.File{file}
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before unix.CPUSet
+	if err = unix.SchedGetaffinity(0, &before); err == nil {
+		err = pinThread(0, cpu)
+	}
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err = errors.Join(err, unix.SchedSetaffinity(0, &before)); err != nil {
+		return err
+	}
+	p.cmds = append(p.cmds, cmd)
+	p.roots = append(p.roots, cmd.Process.Pid)
+	return nil
+}
+
+// dial connects to a name that may appear only in a moment.
+func dial(name string, patience time.Duration) (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		err = unix.Connect(fd, &unix.SockaddrUnix{Name: name})
+		if err == nil {
+			return fd, nil
+		}
+		if time.Now().After(deadline) {
+			unix.Close(fd)
+			return -1, fmt.Errorf("connecting to %s: %w", name, err)
+		}
+	}
+}
+
+// said returns what the processes wrote on stderr, for an error message.
+func (p *program) said() string {
+	if text, _ := os.ReadFile(p.export + ".log"); len(text) > 0 {
+		return "; it said:\n" + string(bytes.TrimSpace(text))
+	}
+	return ""
+}
+
+// stop closes the connections and ends the processes that start has started,
+// by force if they don't leave within seconds.
+func (p *program) stop() {
+	for _, c := range p.clients {
+		close(c.work)
+	}
+	for _, cmd := range p.cmds {
+		cmd.Process.Signal(syscall.SIGTERM)
+	}
+	for _, cmd := range p.cmds {
+		force := time.AfterFunc(5*time.Second, func() { cmd.Process.Kill() })
+		cmd.Wait()
+		force.Stop()
+	}
+}
+
+// exchange has every client i send requests(i), and returns once all are
+// answered: with the time from the first request to the last answer, and the
+// latencies of each client if timed.
+func (p *program) exchange(requests func(i int) []request, pause time.Duration, timed bool) (wall float64, elapsed [][]int64, err error) {
+	var done sync.WaitGroup
+	elapsed = make([][]int64, len(p.clients))
+	jobs := make([]job, len(p.clients))
+	longest := time.Duration(0)
+	for i := range p.clients {
+		jobs[i] = job{requests: requests(i), pause: pause, done: &done}
+		if timed {
+			elapsed[i] = make([]int64, len(jobs[i].requests))
+			jobs[i].elapsed = elapsed[i]
+		}
+		longest = max(longest, time.Duration(len(jobs[i].requests))*pause)
+	}
+	// A client blocks in reads that know no time limit.
+	var late atomic.Bool
+	watchdog := time.AfterFunc(longest+30*time.Second, func() {
+		late.Store(true)
+		for _, c := range p.clients {
+			unix.Shutdown(c.fd, unix.SHUT_RDWR)
+		}
+	})
+	defer watchdog.Stop()
+	done.Add(len(p.clients))
+	for i, c := range p.clients {
+		c.work <- jobs[i]
+	}
+	done.Wait()
+	began, ended := int64(math.MaxInt64), int64(0)
+	for i, c := range p.clients {
+		if c.err != nil {
+			if late.Load() {
+				c.err = errors.New("no answer for 30 seconds")
+			}
+			return 0, nil, fmt.Errorf("%s, connection %d: %w%s", p.name, i, c.err, p.said())
+		}
+		if len(jobs[i].requests) > 0 {
+			began, ended = min(began, c.began), max(ended, c.ended)
+		}
+	}
+	return float64(ended - began), elapsed, nil
+}
+
+// wrong returns how many answers were of another kind than expected, and what
+// the first of them was.
+func (p *program) wrong() (n int, first string) {
+	for _, c := range p.clients {
+		n += c.wrong
+		if first == "" {
+			first = c.firstWrong
+		}
+	}
+	return n, first
+}
+
+// processes returns the ids of all serving processes: what was started and its
+// descendants, as they are now.
+func (p *program) processes() []int {
+	children := map[int][]int{}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range stats {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			continue // it has ended
+		}
+		// pid (comm) state ppid: comm may hold anything, but the last ) ends it
+		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+		if ppid, err := strconv.Atoi(fields[1]); err == nil {
+			children[ppid] = append(children[ppid], pid)
+		}
+	}
+	all := append([]int(nil), p.roots...)
+	for i := 0; i < len(all); i++ {
+		all = append(all, children[all[i]]...)
+	}
+	return all
+}
+
+// cpuTime returns the CPU time in nanoseconds that the processes have used
+// until now: user and system, all threads, those that have ended too. It is
+// NaN if one of them is gone.
+func cpuTime(pids []int) float64 {
+	sum := 0.0
+	for _, pid := range pids {
+		var t unix.Timespec
+		// A process's clock is numbered so by the kernel's ABI:
+		// clock_getcpuclockid(3) computes the same.
+		if err := unix.ClockGettime(int32(^pid<<3|2), &t); err != nil {
+			return math.NaN()
+		}
+		sum += float64(t.Nano())
+	}
+	return sum
+}
+
+// residentSize returns the memory, in bytes, that is resident in the processes.
+func residentSize(pids []int) float64 {
+	pages := 0.0
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+		fields := strings.Fields(string(text))
+		if err != nil || len(fields) < 2 {
+			return math.NaN()
+		}
+		n, _ := strconv.ParseFloat(fields[1], 64)
+		pages += n
+	}
+	return pages * float64(os.Getpagesize())
+}
+
+// serveFloor is the floor under every helper: one read, and an answer of an
+// LSTAT's size that costs nothing to make. Its work is to be a process.
+func serveFloor(fd int) error {
+	runtime.LockOSThread()
+	buf := make([]byte, 4096)
+	answer := codec.AppendStat(nil, &unix.Stat_t{})
+	for {
+		n, err := unix.Read(fd, buf)
+		if err == unix.EINTR {
+			continue
+		}
+		if n <= 0 {
+			return err
+		}
+		if _, err := unix.Write(fd, answer); err != nil {
+			return err
+		}
+	}
+}

@@ -1,0 +1,102 @@
+package main
+
+import (
+	"math"
+	"slices"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+)
+
+// chunk is what one program made of one chunk of an operation's requests.
+// Times are in nanoseconds.
+type chunk struct {
+	p50, p99   float64
+	throughput float64 // requests a second, of all connections
+	cpu        float64 // of the serving processes, per request; NaN if it can't be told
+}
+
+// series is all that was measured of an operation on one program.
+type series struct {
+	chunks    []chunk
+	latency   *hdrhistogram.Histogram
+	wall, cpu float64 // sums, in nanoseconds; cpu is NaN if it can't be told
+}
+
+func newSeries() *series {
+	// 100 ns to 100 s, three significant digits.
+	return &series{latency: hdrhistogram.New(100, 100_000_000_000, 3)}
+}
+
+// add takes the latencies of a chunk, in any order, its duration and the CPU
+// time that it cost.
+func (s *series) add(latencies []int64, wall, cpu float64) {
+	slices.Sort(latencies)
+	for _, v := range latencies {
+		s.latency.RecordValue(min(v, s.latency.HighestTrackableValue()))
+	}
+	n := float64(len(latencies))
+	s.wall += wall
+	s.cpu += cpu
+	s.chunks = append(s.chunks, chunk{
+		p50: percentileOf(latencies, 50, 10), p99: percentileOf(latencies, 99, 100),
+		throughput: n / wall * 1e9, cpu: cpu / n,
+	})
+}
+
+// percentileOf is percentile, or NaN if there are too few values to say so.
+func percentileOf(sorted []int64, p float64, atLeast int) float64 {
+	if len(sorted) < atLeast {
+		return math.NaN()
+	}
+	return percentile(sorted, p)
+}
+
+// percentile returns the nearest-rank percentile of sorted values: the
+// smallest one that at least p percent of them do not exceed.
+func percentile(sorted []int64, p float64) float64 {
+	if len(sorted) == 0 {
+		return math.NaN()
+	}
+	rank := int(math.Ceil(p / 100 * float64(len(sorted))))
+	return float64(sorted[max(rank, 1)-1])
+}
+
+// median returns the middle of values, which it sorts; NaN if there are none.
+func median(values []float64) float64 {
+	if len(values) == 0 {
+		return math.NaN()
+	}
+	slices.Sort(values)
+	n := len(values)
+	return (values[(n-1)/2] + values[n/2]) / 2
+}
+
+// ratios compares a program to its peer. Each ratio is the median of the
+// ratios of chunks that ran one right after the other, so that a machine whose
+// speed drifts slows down both sides of each.
+type ratios struct {
+	P50        number `json:"p50"`
+	P99        number `json:"p99"`
+	Throughput number `json:"throughput"`
+	CPU        number `json:"cpu"`
+	Pairs      int    `json:"pairs"`
+}
+
+func compare(s, peer *series) *ratios {
+	q := &ratios{}
+	of := func(field func(chunk) float64) number {
+		var r []float64
+		for i := range min(len(s.chunks), len(peer.chunks)) {
+			if v := field(s.chunks[i]) / field(peer.chunks[i]); !math.IsNaN(v) && !math.IsInf(v, 0) {
+				r = append(r, v)
+			}
+		}
+		q.Pairs = max(q.Pairs, len(r))
+		return number(median(r))
+	}
+	q.P50 = of(func(c chunk) float64 { return c.p50 })
+	q.P99 = of(func(c chunk) float64 { return c.p99 })
+	q.Throughput = of(func(c chunk) float64 { return c.throughput })
+	q.CPU = of(func(c chunk) float64 { return c.cpu })
+	return q
+}
