@@ -4,7 +4,6 @@
 package confine
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -62,21 +61,38 @@ func Enter(export string, log *slog.Logger) (fds int, err error) {
 
 	// The thread that drops capabilities has to see /proc after the others
 	// have changed their root: it gets a root directory of its own, and ends.
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		done <- errors.Join(unix.Unshare(unix.CLONE_FS), <-async(func() error { return changeRoot(dir) }), Drop(kept...))
-	}()
-	if err = <-done; err != nil {
+	err = onThreadThatEnds(func() error {
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		done := make(chan error)
+		go func() { done <- changeRoot(dir) }()
+		if err := <-done; err != nil {
+			return err
+		}
+		return Drop(kept...)
+	})
+	if err != nil {
 		return -1, fmt.Errorf("confine: %w", err)
 	}
 	return fds, nil
 }
 
-func async(f func() error) chan error {
+// onThreadThatEnds runs f on a thread that does nothing afterwards. The main
+// thread never ends, so it is held while another is used.
+func onThreadThatEnds(f func() error) error {
 	done := make(chan error)
-	go func() { done <- f() }()
-	return done
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			err := onThreadThatEnds(f)
+			runtime.UnlockOSThread()
+			done <- err
+			return
+		}
+		done <- f() // and the thread ends with this goroutine, locked to it
+	}()
+	return <-done
 }
 
 // openFDs returns a detached mount of /proc/self/fd: nothing lies above it.
