@@ -52,7 +52,7 @@ func (l *loop) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 		l.srv.log.Error("connection refused", "error", err)
 		return nil, gnet.Close
 	}
-	l.pace = pace{}
+	l.pace = newPace()
 	l.srv.mu.Lock()
 	defer l.srv.mu.Unlock()
 	l.fd = c.Fd()
@@ -89,6 +89,8 @@ func (l *loop) refuse() {
 // OnTraffic is a connection's turn: it serves what has come and all that comes
 // while the connection stays (stay.go). It leaves nothing in gnet's buffers.
 func (l *loop) OnTraffic(c gnet.Conn) gnet.Action {
+	mayStay := l.srv.crowd.begin()
+	defer l.srv.crowd.end()
 	b, _ := c.Next(-1)
 	for len(b) > 0 {
 		b = b[l.in.put(b):]
@@ -96,7 +98,7 @@ func (l *loop) OnTraffic(c gnet.Conn) gnet.Action {
 			return action
 		}
 	}
-	for l.await() {
+	for mayStay && l.await() {
 		if action := l.serveFrames(); action != gnet.None {
 			return action
 		}

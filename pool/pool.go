@@ -49,6 +49,7 @@ type Server struct {
 	fs      *ops.FS
 	log     *slog.Logger
 	workers *Workers
+	crowd   *crowd
 
 	mu       sync.Mutex
 	spare    []*loop
@@ -64,11 +65,11 @@ func NewServer(fs *ops.FS, n int, log *slog.Logger) *Server {
 	// gnet's own goroutine pool serves things that are not used here, and
 	// would wake up twice a second for it.
 	goroutine.DefaultWorkerPool.Release()
-	reserveProcs(n)
 	return &Server{
 		fs:      fs,
 		log:     log,
 		workers: NewWorkers(n),
+		crowd:   newCrowd(n),
 		serving: make(map[*loop]struct{}),
 		empty:   make(chan struct{}),
 	}
