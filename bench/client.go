@@ -2,9 +2,7 @@ package main
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"time"
 	"unsafe"
@@ -79,12 +77,7 @@ func newClient(fd, cpu int, stagger time.Duration) *client {
 // loop does jobs until work is closed. Its thread is locked, and ends with it,
 // because of what is changed about it here.
 func (c *client) loop() {
-	runtime.LockOSThread()
-	// The scheduler's preemption signal would interrupt the blocking calls of
-	// a thread that never announces them.
-	var set unix.Sigset_t
-	set.Val[0] = 1 << (unix.SIGURG - 1)
-	c.err = errors.Join(unix.PthreadSigmask(unix.SIG_BLOCK, &set, nil), pinThread(0, c.cpu))
+	c.err = claimThread(c.cpu)
 	for j := range c.work {
 		if c.err == nil {
 			if j.pause > 0 {

@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -42,12 +43,10 @@ type options struct {
 	rounds, chunk, count int
 	duration             time.Duration
 	seed                 uint64
-	dir                  string
+	dir, scratch         string
 
 	json, html     string
 	record, listen string
-	serveFloor     bool
-	quiet          bool
 }
 
 const usage = `Bench measures helpers for QEMU's "-fsdev proxy": it plays QEMU, one request in
@@ -91,13 +90,13 @@ func parseOptions(args []string) (*options, error) {
 	f.DurationVar(&o.idle, "idle", 0, "at the end, measure CPU time and memory of idle helpers for that long")
 	f.BoolVar(&o.matrix, "matrix", false, "--connections 1,8,64 --pin split,shared,unpinned --floor --sparse 2ms,20ms --idle 5s, where not given")
 	f.Uint64Var(&o.seed, "seed", 1, "of the random mixture")
-	f.StringVar(&o.dir, "dir", os.TempDir(), "where to make the directories to export: the file system matters")
+	f.StringVar(&o.dir, "dir", "", "where to make the directories to export (default: a fresh ext4 in memory)")
 	f.StringVar(&o.json, "json", "", "write the results to this `file`")
 	f.StringVar(&o.html, "html", "", "write a page with plots to this `file`")
 	f.StringVar(&o.record, "record", "", "don't measure: record a trace to this `file`, between QEMU and a helper")
 	f.StringVar(&o.listen, "listen", "", "with --record: the `name` that QEMU connects to")
-	f.BoolVar(&o.serveFloor, "serve-floor", false, "")
-	f.MarkHidden("serve-floor")
+	f.StringVar(&o.scratch, "scratch", "", "")
+	f.MarkHidden("scratch")
 	f.Usage = func() { fmt.Print(usage, f.FlagUsagesWrapped(100)) }
 	args = append([]string(nil), args...)
 	for i, a := range args { // there are no short options: -peer is --peer
@@ -107,9 +106,6 @@ func parseOptions(args []string) (*options, error) {
 	}
 	if err := f.Parse(args); err != nil {
 		return nil, err
-	}
-	if o.serveFloor {
-		return o, nil
 	}
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("%q: there are only options", f.Arg(0))
@@ -146,47 +142,60 @@ func parseOptions(args []string) (*options, error) {
 }
 
 func main() {
-	o, err := parseOptions(os.Args[1:])
-	switch {
-	case errors.Is(err, pflag.ErrHelp):
-		return
-	case err == nil && o.serveFloor:
-		err = serveFloor(3)
-	case err == nil:
-		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		err = run(ctx, o)
-	}
-	if err != nil {
+	if err := mainError(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-// run does what the options say, in a temporary directory that it removes.
-func run(ctx context.Context, o *options) error {
+// mainError is main, but defers what it has to.
+func mainError() error {
+	if len(os.Args) > 1 && os.Args[1] == floorArg {
+		return serveFloor(3) // one of us has started us in a helper's place
+	}
+	o, err := parseOptions(os.Args[1:])
+	switch {
+	case errors.Is(err, pflag.ErrHelp):
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w; see --help", err)
+	case o.dir == "" && o.scratch == "" && o.socket == "":
+		err := enterScratch() // and here no more, unless it fails
+		fmt.Fprintln(os.Stderr, "bench: measuring in", os.TempDir(), "because there is no ext4 of our own:", err)
+	case o.scratch != "":
+		o.dir = filepath.Join(o.scratch, "fs")
+		defer leaveScratch(o.scratch)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
 	if o.record != "" {
 		return record(ctx, o.record, o.listen, o.socket)
 	}
+	_, err = run(ctx, o, os.Stdout)
+	return err
+}
+
+// run does what the options say, in a temporary directory that it removes.
+func run(ctx context.Context, o *options, out io.Writer) (*report, error) {
 	at, err := placements(o.pin)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if o.peer != "" {
 		if err := needHelper(o.peer); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	dir, err := os.MkdirTemp(o.dir, "bench-")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer os.RemoveAll(dir)
 	if o.helper == "" && o.socket == "" {
 		o.helper = filepath.Join(dir, "virtfs-proxy-helper")
 		build := exec.CommandContext(ctx, "go", "build", "-o", o.helper, "virtfs-proxy-helper")
 		if text, err := build.CombinedOutput(); err != nil {
-			return fmt.Errorf("go build: %w\n%s", err, text)
+			return nil, fmt.Errorf("go build: %w\n%s", err, text)
 		}
 	}
 	r, tell := newReport(), newProgress()
@@ -194,22 +203,18 @@ func run(ctx context.Context, o *options) error {
 		for _, n := range o.connections {
 			c := cell{opts: o, at: placement, conns: n, report: r, tell: tell}
 			c.dir = filepath.Join(dir, fmt.Sprintf("%s-%d", placement.name, n))
-			if err = os.Mkdir(c.dir, 0o755); err == nil {
-				err = c.run(ctx)
-			}
-			if err != nil {
-				break
+			if ctx.Err() == nil {
+				err = errors.Join(err, os.Mkdir(c.dir, 0o755), c.run(ctx))
 			}
 		}
 	}
-	// What was measured until something went wrong is worth telling, too.
-	tell.end()
-	r.print(os.Stdout)
+	tell.end() // what was measured is worth telling, even if something went wrong
+	r.print(out)
 	if o.json != "" {
 		err = errors.Join(err, r.writeJSON(o.json))
 	}
 	if o.html != "" {
 		err = errors.Join(err, r.writeHTML(o.html))
 	}
-	return err
+	return r, err
 }

@@ -23,7 +23,7 @@ func (n number) MarshalJSON() ([]byte, error) {
 
 // text formats n, or a dash if there is none.
 func (n number) text(format string) string {
-	if math.IsNaN(float64(n)) {
+	if math.IsNaN(float64(n)) || math.IsInf(float64(n), 0) {
 		return "-"
 	}
 	return fmt.Sprintf(format, float64(n))
@@ -70,7 +70,7 @@ type idle struct {
 	Processes     int    `json:"processes"`
 	CPU           number `json:"cpu_ms_per_second"`
 	Resident      number `json:"resident_kib"`
-	PerConnection number `json:"resident_kib_per_connection"`
+	PerConnection number `json:"resident_kib_per_further_connection"`
 }
 
 func newReport() *report {
@@ -86,7 +86,7 @@ func newFigures(program string, s *series, wrong int) figures {
 		P50: at(50), P99: at(99), P999: at(99.9),
 		Throughput: number(n / s.wall * 1e9), CPU: number(s.cpu / n / 1e3),
 	}
-	for _, b := range s.latency.CumulativeDistribution() {
+	for _, b := range s.latency.CumulativeDistributionWithTicks(5) {
 		f.Distribution = append(f.Distribution, [2]float64{b.Quantile, float64(b.ValueAt) / 1e3})
 	}
 	return f
@@ -123,7 +123,7 @@ func (r *report) print(out io.Writer) {
 	w.Flush()
 	if len(r.Idle) > 0 {
 		fmt.Fprint(out, "\nidle, from a second after the last request\n")
-		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tcpu ms/s\tresident KiB\tper connection\t\n")
+		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tcpu ms/s\tresident KiB\tper further connection\t\n")
 		for _, i := range r.Idle {
 			fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%s\t%s\t%s\t\n", i.Placement, i.Connections, i.Program, i.Processes,
 				i.CPU.text("%.3f"), i.Resident.text("%.0f"), i.PerConnection.text("%.1f"))

@@ -46,7 +46,6 @@ func (c *cell) run(ctx context.Context) (err error) {
 			p.stop()
 		}
 	}()
-	empty := map[*program]float64{} // resident size before the first connection's first request
 	for _, l := range c.launches() {
 		c.tell.say("starting %s", l.name)
 		p, err := start(l)
@@ -58,7 +57,6 @@ func (c *cell) run(ctx context.Context) (err error) {
 		if p.isFloor || c.opts.replay != "" {
 			continue
 		}
-		empty[p] = residentSize(p.processes())
 		if _, _, err := p.exchange(func(i int) []request { up, _ := fixtures(dirs[i]); return up }, 0, false); err != nil {
 			return err
 		}
@@ -76,7 +74,7 @@ func (c *cell) run(ctx context.Context) (err error) {
 		}
 	}
 	if c.opts.idle > 0 {
-		return c.rest(ctx, empty)
+		return c.rest(ctx)
 	}
 	return nil
 }
@@ -99,7 +97,7 @@ func (c *cell) launches() (list []launch) {
 	}
 	if o.floor {
 		self, _ := os.Executable()
-		add("floor", self, true, "--serve-floor")
+		add("floor", self, true, floorArg)
 	}
 	return list
 }
@@ -160,7 +158,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 	runtime.GC()
 	var running []*program
 	for _, p := range c.running {
-		if !p.isFloor || w.name == "lstat" || w.pause > 0 {
+		if !p.isFloor || w.name == "lstat" {
 			running = append(running, p)
 		}
 	}
@@ -216,7 +214,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 				latencies[all] = append(latencies[all], elapsed[i]...)
 			}
 			for op, l := range latencies[:all] {
-				results[p][op].add(l, wall, math.NaN())
+				results[p][op].add(l, math.NaN(), math.NaN())
 			}
 			results[p][all].add(latencies[all], wall, cpu)
 		}
@@ -284,7 +282,7 @@ var touchRoot = []request{{
 
 // rest measures what the programs cost while no request comes. It begins a
 // second after the last one.
-func (c *cell) rest(ctx context.Context, empty map[*program]float64) error {
+func (c *cell) rest(ctx context.Context) error {
 	c.tell.say("%s, %d connections: idle for %v", c.at.name, c.conns, c.opts.idle)
 	sleep := func(d time.Duration) {
 		select {
@@ -304,14 +302,10 @@ func (c *cell) rest(ctx context.Context, empty map[*program]float64) error {
 		}
 		pids := p.processes()
 		size := residentSize(pids)
-		grown := size - empty[p]
-		if len(p.roots) > 1 { // a process for each connection: they cost all they have
-			grown = size
-		}
 		c.report.Idle = append(c.report.Idle, idle{
 			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(pids),
 			CPU:      number((cpuTime(pids) - before[p]) / 1e6 / c.opts.idle.Seconds()),
-			Resident: number(size / 1024), PerConnection: number(grown / 1024 / float64(c.conns)),
+			Resident: number(size / 1024), PerConnection: number((size - p.first) / 1024 / float64(c.conns-1)), // not a number for one
 		})
 	}
 	return ctx.Err()

@@ -9,12 +9,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -40,6 +42,7 @@ type program struct {
 	cmds    []*exec.Cmd
 	clients []*client
 	isFloor bool
+	first   float64 // bytes resident with one connection, after some traffic
 }
 
 // placement says on which CPUs clients and servers run.
@@ -78,14 +81,24 @@ func placements(names []string) (list []placement, err error) {
 	return list, nil
 }
 
-// pinThread pins a thread (0: the calling one) to cpu, unless that is anyCPU.
-func pinThread(tid, cpu int) error {
+// pinThread pins the calling thread to cpu, unless that is anyCPU.
+func pinThread(cpu int) error {
 	if cpu == anyCPU {
 		return nil
 	}
 	var set unix.CPUSet
 	set.Set(cpu)
-	return unix.SchedSetaffinity(tid, &set)
+	return unix.SchedSetaffinity(0, &set)
+}
+
+// claimThread locks the calling goroutine to its thread for good, and makes
+// the thread fit to block in system calls that are not announced to Go's
+// scheduler: the scheduler's preemption signal would interrupt them.
+func claimThread(cpu int) error {
+	runtime.LockOSThread()
+	var set unix.Sigset_t
+	set.Val[0] = 1 << (unix.SIGURG - 1)
+	return errors.Join(unix.PthreadSigmask(unix.SIG_BLOCK, &set, nil), pinThread(cpu))
 }
 
 // launch is how a program gets its processes and connections.
@@ -129,6 +142,9 @@ func start(l launch) (p *program, err error) {
 			if err != nil {
 				return p, err
 			}
+			if err := p.weighFirst(); err != nil {
+				return p, err
+			}
 		}
 		return p, nil
 	default:
@@ -150,8 +166,21 @@ func start(l launch) (p *program, err error) {
 			}
 			p.roots = append(p.roots, int(cred.Pid))
 		}
+		if err := p.weighFirst(); err != nil {
+			return p, err
+		}
 	}
 	return p, nil
+}
+
+// weighFirst finds p.first when there is one connection.
+func (p *program) weighFirst() error {
+	if len(p.clients) != 1 {
+		return nil
+	}
+	_, _, err := p.exchange(func(int) []request { return slices.Repeat(touchRoot, 1000) }, 0, false)
+	p.first = residentSize(p.processes())
+	return err
 }
 
 // exec starts a process that has file, if not nil, as descriptor 3. All its
@@ -172,7 +201,7 @@ func (p *program) exec(path string, args []string, file *os.File, cpu int) error
 	defer runtime.UnlockOSThread()
 	var before unix.CPUSet
 	if err = unix.SchedGetaffinity(0, &before); err == nil {
-		err = pinThread(0, cpu)
+		err = pinThread(cpu)
 	}
 	if err == nil {
 		err = cmd.Start()
@@ -203,12 +232,15 @@ func dial(name string, patience time.Duration) (fd int, err error) {
 	}
 }
 
-// said returns what the processes wrote on stderr, for an error message.
+// said returns the last of what the processes wrote on stderr, for an error
+// message.
 func (p *program) said() string {
-	if text, _ := os.ReadFile(p.export + ".log"); len(text) > 0 {
-		return "; it said:\n" + string(bytes.TrimSpace(text))
+	text, _ := os.ReadFile(p.export + ".log")
+	if len(text) == 0 {
+		return ""
 	}
-	return ""
+	lines := strings.Split(string(bytes.TrimSpace(text)), "\n")
+	return "; its last words:\n" + strings.Join(lines[max(len(lines)-5, 0):], "\n")
 }
 
 // stop closes the connections and ends the processes that start has started,
@@ -340,22 +372,27 @@ func residentSize(pids []int) float64 {
 	return pages * float64(os.Getpagesize())
 }
 
+// floorArg stands before a helper's arguments when bench itself is started as
+// the floor.
+const floorArg = "--serve-floor"
+
 // serveFloor is the floor under every helper: one read, and an answer of an
 // LSTAT's size that costs nothing to make. Its work is to be a process.
 func serveFloor(fd int) error {
-	runtime.LockOSThread()
+	if err := claimThread(anyCPU); err != nil {
+		return err
+	}
 	buf := make([]byte, 4096)
 	answer := codec.AppendStat(nil, &unix.Stat_t{})
 	for {
-		n, err := unix.Read(fd, buf)
-		if err == unix.EINTR {
-			continue
+		n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)))
+		if e == 0 && n > 0 {
+			_, _, e = unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&answer[0])), uintptr(len(answer)))
+		} else if e == 0 {
+			return nil
 		}
-		if n <= 0 {
-			return err
-		}
-		if _, err := unix.Write(fd, answer); err != nil {
-			return err
+		if e != 0 && e != unix.EINTR {
+			return e
 		}
 	}
 }

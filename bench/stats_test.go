@@ -1,0 +1,73 @@
+package main
+
+import (
+	"math"
+	"testing"
+)
+
+func TestPercentile(t *testing.T) {
+	hundred := make([]int64, 100)
+	for i := range hundred {
+		hundred[i] = int64(i + 1)
+	}
+	for _, test := range []struct {
+		sorted []int64
+		p      float64
+		want   float64
+	}{
+		{hundred, 50, 50},
+		{hundred, 99, 99},
+		{hundred, 99.9, 100},
+		{hundred, 0, 1},
+		{[]int64{7}, 50, 7},
+		{[]int64{1, 2, 3}, 50, 2},
+		{nil, 50, math.NaN()},
+	} {
+		if got := percentile(test.sorted, test.p); got != test.want && !(math.IsNaN(got) && math.IsNaN(test.want)) {
+			t.Errorf("percentile %v of %d values: %v, want %v", test.p, len(test.sorted), got, test.want)
+		}
+	}
+}
+
+func TestMedian(t *testing.T) {
+	if got := median([]float64{9, 1, 5}); got != 5 {
+		t.Errorf("of three: %v", got)
+	}
+	if got := median([]float64{4, 1, 2, 3}); got != 2.5 {
+		t.Errorf("of four: %v", got)
+	}
+	if got := median(nil); !math.IsNaN(got) {
+		t.Errorf("of none: %v", got)
+	}
+}
+
+// A machine that gets twice as slow in between, and one freak chunk, leave the
+// ratio alone.
+func TestCompare(t *testing.T) {
+	ours, peer := newSeries(), newSeries()
+	for _, speed := range []float64{1, 1, 2, 2, 1} {
+		add := func(s *series, ns float64) {
+			latencies := make([]int64, 200)
+			for i := range latencies {
+				latencies[i] = int64(ns * speed)
+			}
+			s.add(latencies, 200*ns*speed, 100*ns*speed)
+		}
+		add(ours, 6000)
+		add(peer, 10000)
+	}
+	ours.chunks[4].p50 = 1e9
+	q := compare(ours, peer)
+	if q.P50 != 0.6 || q.P99 != 0.6 || math.Abs(float64(q.Throughput)-1/0.6) > 1e-9 || math.Abs(float64(q.CPU)-0.6) > 1e-9 || q.Pairs != 5 {
+		t.Errorf("%+v", q)
+	}
+}
+
+func TestCompareTooFew(t *testing.T) {
+	few := newSeries()
+	few.add([]int64{1000, 2000}, 3000, math.NaN())
+	q := compare(few, few)
+	if !math.IsNaN(float64(q.P50)) || !math.IsNaN(float64(q.P99)) || !math.IsNaN(float64(q.CPU)) || q.Throughput != 1 {
+		t.Errorf("of two values: %+v", q)
+	}
+}
