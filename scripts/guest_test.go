@@ -1,0 +1,221 @@
+// Package scripts has no Go code of its own: this tests the helper in its place, between QEMU and the
+// directory that a guest mounts. `go test -short` leaves the guests out; continuous integration has
+// to run without it. Each guest takes a kernel's boot without KVM, some ten seconds.
+package scripts
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"virtfs-proxy-helper/scripts/guestsuite"
+)
+
+// helper is what is tested: $HELPER, or else built from this clone.
+var helper = os.Getenv("HELPER")
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	if helper == "" && !testing.Short() {
+		dir, err := os.MkdirTemp("", "helper")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		helper = filepath.Join(dir, "virtfs-proxy-helper")
+		if out, err := goTool("build", "-o", helper, "..").CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "the helper did not build: %v\n%s", err, out)
+			return 1
+		}
+	}
+	return m.Run()
+}
+
+// goTool runs go for something that stands alone, in a guest as well.
+func goTool(args ...string) *exec.Cmd {
+	cmd := exec.Command("go", args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	return cmd
+}
+
+// guest boots one and returns what its command prints. It installs and fetches what is missing; when
+// that fails, or the guest does, its words on standard error are the test's.
+func guest(t *testing.T, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "./guest", append([]string{"--helper", helper, "--timeout", "300"}, args...)...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it cleans up
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		t.Errorf("scripts/guest %q: %v\n%s%s", args, err, out.String(), errs.String())
+	}
+	return out.String()
+}
+
+// A guest may do on the share whatever a program may do on a native file system, and what it then
+// believes to be there is there. All requests of the protocol are seen while it does so.
+func TestSuiteInGuest(t *testing.T) {
+	alone(t)
+	dir := t.TempDir()
+	suite, share, log := filepath.Join(dir, "guestsuite"), filepath.Join(dir, "share"), filepath.Join(dir, "log")
+	if err := os.Mkdir(share, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := goTool("test", "-c", "-ldflags=-s -w", "-o", suite, "./guestsuite").CombinedOutput(); err != nil {
+		t.Fatalf("the suite did not build: %v\n%s", err, out)
+	}
+	out := guest(t, "--share", share, "--put", suite, "--helper-log", log, "--helper-arg", "--log-level=debug",
+		"guestsuite", "-dir", "/mnt/suite", "-test.v")
+	if t.Failed() {
+		return
+	}
+	t.Logf("%d cases passed", strings.Count(out, "    --- PASS: "))
+
+	inGuest, err := os.ReadFile(filepath.Join(share, "suite.manifest"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	onHost, err := guestsuite.Manifest(filepath.Join(share, "suite"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	guestLines, hostLines := strings.Split(string(inGuest), "\n"), strings.Split(onHost, "\n")
+	if len(guestLines) != len(hostLines) {
+		t.Errorf("the guest sees %d files, the host %d", len(guestLines), len(hostLines))
+	} else {
+		for i := range hostLines {
+			if guestLines[i] != hostLines[i] {
+				t.Errorf("the guest sees\n%s\nthe host sees\n%s", guestLines[i], hostLines[i])
+			}
+		}
+	}
+
+	requests, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range strings.FieldsSeq(`OPEN CREATE MKNOD MKDIR SYMLINK LINK LSTAT READLINK STATFS CHMOD CHOWN
+		TRUNCATE UTIME RENAME REMOVE LGETXATTR LLISTXATTR LSETXATTR LREMOVEXATTR GETVERSION`) {
+		if !regexp.MustCompile(`\b` + name + `\b`).Match(requests) {
+			t.Errorf("no %s in the helper's debug log", name)
+		}
+	}
+}
+
+// Two guests on one name: the first one's QEMU unlinks that once it has connected.
+func TestTwoGuestsOnOneSocket(t *testing.T) {
+	alone(t)
+	share := t.TempDir()
+	socket := startHelper(t, share)
+	// Each waits for the other's file, works beside it, and counts both ones' work at the end.
+	const work = `
+		me=$1 peer=$2
+		until_there() { i=0; until [ -e "$1" ]; do i=$((i + 1)); [ $i -lt 600 ] || exit 99; sleep 0.1; done; }
+		echo "from $me" >$me.new && mv $me.new $me
+		until_there $peer && cat $peer
+		mkdir -p work
+		for i in $(seq 50); do echo $me >work/$me.$i && chmod 600 work/$me.$i || exit 98; done
+		touch $me.done && until_there $peer.done
+		ls work | wc -l`
+	var both sync.WaitGroup // no subtests: -parallel 1 would have one wait for the other for good
+	for _, g := range []struct{ me, peer string }{{"left", "right"}, {"right", "left"}} {
+		both.Go(func() {
+			out := guest(t, "--socket", socket, "sh", "-c", work, "sh", g.me, g.peer)
+			if want := "from " + g.peer + "\n100\n"; out != want {
+				t.Errorf("the guest %s printed %q, want %q", g.me, out, want)
+			}
+		})
+	}
+	both.Wait()
+	if files, err := os.ReadDir(filepath.Join(share, "work")); err != nil || len(files) != 100 {
+		t.Errorf("the host sees %d files (%v), want 100", len(files), err)
+	}
+}
+
+// QEMU and the helper on the two ends of a socket pair, with no name at all.
+func TestInheritedSocket(t *testing.T) {
+	alone(t)
+	share := t.TempDir()
+	out := guest(t, "--fd", "--share", share, "echo hello >f && cat f && stat -c %u:%a f")
+	if want := "hello\n0:644\n"; out != want {
+		t.Errorf("the guest printed %q, want %q", out, want)
+	}
+	if content, err := os.ReadFile(filepath.Join(share, "f")); err != nil || string(content) != "hello\n" {
+		t.Errorf("the host reads %q, %v", content, err)
+	}
+}
+
+// alone is for a test that boots guests: not with -short, and beside others of its kind.
+func alone(t *testing.T) {
+	if testing.Short() {
+		t.Skip("boots a guest")
+	}
+	t.Parallel()
+}
+
+// startHelper serves share, for QEMU run by nobody as scripts/guest does it, until the test ends.
+func startHelper(t *testing.T, share string) (socket string) {
+	t.Helper()
+	nobody, err := user.Lookup("nobody")
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, _ := strconv.Atoi(nobody.Uid)
+	gid, _ := strconv.Atoi(nobody.Gid)
+	// QEMU's user must reach the socket, and may unlink it. No other temporary directory lets it.
+	dir, err := os.MkdirTemp("", "socket")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chown(dir, uid, gid); err != nil {
+		t.Fatal(err)
+	}
+	socket = filepath.Join(dir, "socket")
+
+	var log bytes.Buffer
+	cmd := exec.Command(helper, "-n", "-p", share, "-s", socket, "-u", nobody.Uid, "-g", nobody.Gid)
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+		case <-time.After(10 * time.Second):
+			t.Error("the helper did not end on SIGTERM")
+			cmd.Process.Kill()
+			<-ended
+		}
+		if t.Failed() {
+			t.Logf("the helper's log:\n%s", log.String())
+		}
+	})
+	for range 100 {
+		if info, err := os.Lstat(socket); err == nil && info.Mode().Type() == os.ModeSocket {
+			return socket
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatal("the helper did not open its socket")
+	return ""
+}
