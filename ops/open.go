@@ -34,13 +34,19 @@ func (fs *FS) create(c *Call) unix.Errno {
 // what is there is opened only after a look at what it is. So neither can be
 // led to a FIFO or a device by an exchange of names in between.
 func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
-	flags := int(c.req.Flags) | unix.O_CLOEXEC
-	if flags&(unix.O_CREAT|unix.O_PATH) != unix.O_CREAT {
-		return fs.openExisting(c, c.req.Path, flags, mode)
+	path, flags := c.req.Path, int(c.req.Flags)|unix.O_CLOEXEC
+	switch {
+	case flags&unix.O_PATH != 0:
+		return fs.openExisting(c, path, flags, mode)
+	case flags&(unix.O_CREAT|unix.O_DIRECTORY) == unix.O_DIRECTORY:
+		// The kernel itself opens nothing but directories, or an unnamed
+		// file in one (O_TMPFILE). Half of a guest's OPENs are these.
+		return openAt(c, path, flags, mode)
+	case flags&unix.O_CREAT == 0:
+		return fs.openExisting(c, path, flags, mode)
 	}
-	path := c.req.Path
 	for range maxLinks {
-		errno := openNew(c, path, flags, mode)
+		errno := openAt(c, path, flags|unix.O_EXCL, mode)
 		if errno != unix.EEXIST || flags&unix.O_EXCL != 0 {
 			return errno
 		}
@@ -57,14 +63,14 @@ func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
 	return unix.ELOOP
 }
 
-// openNew creates and opens a regular file; EEXIST if the name exists.
-func openNew(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
+// openAt opens what flags can't lead astray.
+func openAt(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
 	at, errno := locate(path)
 	if errno != 0 {
 		return errno
 	}
 	defer at.close()
-	fd, errno := openat(at.dir, at.name, flags|unix.O_EXCL, mode)
+	fd, errno := openat(at.dir, at.name, flags, mode)
 	if errno == 0 {
 		c.FD = fd
 	}

@@ -130,6 +130,7 @@ func (l *loop) serve(t codec.Type, payload []byte) gnet.Action {
 	l.srv.fs.Do(t, payload, &l.call)
 	l.srv.workers.End()
 
+	l.pace.answer()
 	errno := l.tx.send(l.fd, l.call.Out, l.call.FD)
 	if l.call.FD >= 0 {
 		unix.Close(l.call.FD)

@@ -36,12 +36,12 @@ const slackProcs = 8
 type crowd struct {
 	hot  atomic.Int32
 	stay int32 // so many may stay: each keeps a Go processor while it is in a raw recv
-	spin int32 // so many may spin: with a CPU for each and one for its client
+	spin int32 // so many may spin: half the CPUs, as each one's client needs one, too
 }
 
 func newCrowd(stay int) *crowd {
 	runtime.GOMAXPROCS(stay + slackProcs)
-	return &crowd{stay: int32(stay), spin: int32(runtime.NumCPU() / 2)}
+	return &crowd{stay: int32(stay), spin: int32(max(1, runtime.NumCPU()/2))}
 }
 
 // begin is called when a connection's turn begins, and tells if it may stay
@@ -59,11 +59,6 @@ func (c *crowd) thin() bool { return c.hot.Load() <= c.spin }
 func (l *loop) await() bool {
 	room := l.in.room()
 	p := &l.pace
-	p.next()
-	var since int64
-	if p.measured() {
-		since = nanotime()
-	}
 	n := 0
 	if p.spins() && l.srv.crowd.thin() {
 		if n = l.spin(room); n <= 0 {
@@ -79,7 +74,7 @@ func (l *loop) await() bool {
 		return false
 	}
 	if p.measured() {
-		p.measure(nanotime() - since)
+		p.measure(nanotime())
 	}
 	l.in.received(n)
 	return true
@@ -128,6 +123,7 @@ type pace struct {
 	request  int // since the window began
 	window   int // its length in requests
 	misses   int // spins in vain since the last that was not
+	answered int64 // when the last answer was about to leave, in ns, if measured
 	gaps     [2][probeRequests]int64
 	count    [2]int
 }
@@ -146,9 +142,13 @@ func (p *pace) probing() bool  { return p.request < probeRequests }
 func (p *pace) measured() bool { return p.request < 2*probeRequests }
 func (p *pace) spins() bool    { return p.spinning != p.probing() && p.misses < maxMisses }
 
-// next begins with the next request.
-func (p *pace) next() {
+// answer is called before an answer leaves: its sending wakes the client, who
+// may well take this processor at once.
+func (p *pace) answer() {
 	p.request++
+	if p.measured() {
+		p.answered = nanotime()
+	}
 	switch {
 	case p.request == 2*probeRequests:
 		p.judge()
@@ -164,14 +164,14 @@ func (p *pace) next() {
 func (p *pace) hit()    { p.misses = 0 }
 func (p *pace) missed() { p.misses++ }
 
-// measure notes the time from an answer to the next request.
-func (p *pace) measure(gap int64) {
+// measure notes the time from an answer to the next request, which came now.
+func (p *pace) measure(now int64) {
 	way := 0
 	if p.spins() {
 		way = 1
 	}
 	if p.count[way] < probeRequests {
-		p.gaps[way][p.count[way]] = gap
+		p.gaps[way][p.count[way]] = now - p.answered
 		p.count[way]++
 	}
 }
