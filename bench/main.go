@@ -55,8 +55,9 @@ flight on each connection, and prints latency, throughput and CPU time.
   bench --peer                        every operation, ours beside the C helper
   bench --peer --ops lstat,create     two of them
   bench --peer --mix guest            what a Linux guest sends, at random
-  bench --replay guest.trace.gz       what a guest has sent, in order
-  bench --peer --matrix --html p.html the whole truth, in some ten minutes
+  bench --peer --replay g.trace.gz    what a guest has sent, in order; the ratio of
+                                      the times is the inverse of that of req/s
+  bench --peer --matrix --html p.html the whole truth, in a quarter of an hour
   bench --record guest.trace.gz --listen NEW --socket NAME
                                       record a guest: QEMU connects to NEW, the
                                       helper listens on NAME
@@ -128,6 +129,16 @@ func parseOptions(args []string) (*options, error) {
 			return nil, errors.New("--replay takes one connection: a trace has paths of its own")
 		}
 	}
+	for _, name := range o.ops {
+		if _, err := operationNamed(name); err != nil {
+			return nil, err
+		}
+	}
+	if o.mix != "" {
+		if _, err := parseMix(o.mix); err != nil {
+			return nil, err
+		}
+	}
 	switch {
 	case o.rounds < 1 || o.chunk < 0 || o.count < 0 || o.duration < 0 || o.idle < 0:
 		return nil, errors.New("--rounds, --chunk, --count, --duration, --idle: want positive numbers")
@@ -142,14 +153,14 @@ func parseOptions(args []string) (*options, error) {
 }
 
 func main() {
-	if err := mainError(); err != nil {
+	if err := bench(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-// mainError is main, but defers what it has to.
-func mainError() error {
+// bench is main with an error, so that what is deferred happens.
+func bench() error {
 	if len(os.Args) > 1 && os.Args[1] == floorArg {
 		return serveFloor(3) // one of us has started us in a helper's place
 	}

@@ -92,9 +92,7 @@ func newFigures(program string, s *series, wrong int) figures {
 	return f
 }
 
-func (r *report) add(w row) { r.Rows = append(r.Rows, w) }
-
-// note tells of n wrong answers.
+// note tells of n wrong answers, if there are any.
 func (r *report) note(n int, program, workload, first string) {
 	if n > 0 {
 		r.Notes = append(r.Notes, fmt.Sprintf("%s: %s: %d answers of another kind than expected; the first ever: %s", program, workload, n, first))
@@ -147,7 +145,6 @@ func (r *report) writeJSON(name string) error {
 type progress struct {
 	start, last time.Time
 	terminal    bool
-	quiet       bool
 }
 
 func newProgress() *progress {
@@ -162,7 +159,7 @@ func (p *progress) say(format string, args ...any) {
 		every = 200 * time.Millisecond
 	}
 	now := time.Now()
-	if p.quiet || now.Sub(p.start) < 2*time.Second || now.Sub(p.last) < every {
+	if now.Sub(p.start) < 2*time.Second || now.Sub(p.last) < every {
 		return
 	}
 	p.last = now

@@ -54,6 +54,7 @@ func (c *cell) run(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		p.pids = descendants(p.roots)
 		if p.isFloor || c.opts.replay != "" {
 			continue
 		}
@@ -166,13 +167,11 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 	// One series for each name of the workload, and one for all of them.
 	all := len(w.ops)
 	results := map[*program][]*series{}
-	pids := map[*program][]int{}
 	wrong := map[*program]int{}
 	for _, p := range running {
 		for range all + 1 {
 			results[p] = append(results[p], newSeries())
 		}
-		pids[p] = p.processes()
 		wrong[p], _ = p.wrong()
 	}
 	// The first round warms up, except in a replay, which can't be repeated.
@@ -199,7 +198,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 					return err
 				}
 			}
-			wall, cpu, elapsed, err := c.turn(p, batches, w.pause, pids[p])
+			wall, cpu, elapsed, err := c.turn(p, batches, w.pause)
 			if err != nil {
 				return err
 			}
@@ -234,7 +233,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 			}
 			row.Programs = append(row.Programs, f)
 		}
-		c.report.add(row)
+		c.report.Rows = append(c.report.Rows, row)
 	}
 	if all > 1 {
 		for op, name := range w.ops {
@@ -250,7 +249,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 // turn is one program's chunk: what it needs beforehand, what is measured, and
 // what has to be cleared up after it. It returns the duration, the CPU time of
 // the processes and each client's latencies, all in nanoseconds.
-func (c *cell) turn(p *program, batches []batch, pause time.Duration, pids []int) (wall, cpu float64, elapsed [][]int64, err error) {
+func (c *cell) turn(p *program, batches []batch, pause time.Duration) (wall, cpu float64, elapsed [][]int64, err error) {
 	before := func(i int) []request {
 		if pause > 0 {
 			return nil
@@ -265,12 +264,12 @@ func (c *cell) turn(p *program, batches []batch, pause time.Duration, pids []int
 	if _, _, err = p.exchange(before, 0, false); err != nil {
 		return
 	}
-	start := cpuTime(pids)
+	start := cpuTime(p.pids)
 	wall, elapsed, err = p.exchange(func(i int) []request { return batches[i].timed }, pause, true)
 	if err != nil {
 		return
 	}
-	cpu = cpuTime(pids) - start
+	cpu = cpuTime(p.pids) - start
 	_, _, err = p.exchange(after, 0, false)
 	return
 }
@@ -293,18 +292,17 @@ func (c *cell) rest(ctx context.Context) error {
 	sleep(time.Second)
 	before := map[*program]float64{}
 	for _, p := range c.running {
-		before[p] = cpuTime(p.processes())
+		before[p] = cpuTime(p.pids)
 	}
 	sleep(c.opts.idle)
 	for _, p := range c.running {
 		if p.isFloor {
 			continue
 		}
-		pids := p.processes()
-		size := residentSize(pids)
+		size := residentSize(p.pids)
 		c.report.Idle = append(c.report.Idle, idle{
-			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(pids),
-			CPU:      number((cpuTime(pids) - before[p]) / 1e6 / c.opts.idle.Seconds()),
+			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(p.pids),
+			CPU:      number((cpuTime(p.pids) - before[p]) / 1e6 / c.opts.idle.Seconds()),
 			Resident: number(size / 1024), PerConnection: number((size - p.first) / 1024 / float64(c.conns-1)), // not a number for one
 		})
 	}

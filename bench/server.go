@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -39,6 +40,7 @@ type program struct {
 	name    string
 	export  string // the directory that it serves, if bench has made it; export.log is its stderr
 	roots   []int  // process ids of what was started, or found behind a socket
+	pids    []int  // of all serving processes: those and their descendants
 	cmds    []*exec.Cmd
 	clients []*client
 	isFloor bool
@@ -179,7 +181,7 @@ func (p *program) weighFirst() error {
 		return nil
 	}
 	_, _, err := p.exchange(func(int) []request { return slices.Repeat(touchRoot, 1000) }, 0, false)
-	p.first = residentSize(p.processes())
+	p.first = residentSize(descendants(p.roots))
 	return err
 }
 
@@ -316,9 +318,9 @@ func (p *program) wrong() (n int, first string) {
 	return n, first
 }
 
-// processes returns the ids of all serving processes: what was started and its
-// descendants, as they are now.
-func (p *program) processes() []int {
+// descendants returns the processes roots and all that descend from them, as
+// they are now.
+func descendants(roots []int) []int {
 	children := map[int][]int{}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, name := range stats {
@@ -333,7 +335,7 @@ func (p *program) processes() []int {
 			children[ppid] = append(children[ppid], pid)
 		}
 	}
-	all := append([]int(nil), p.roots...)
+	all := slices.Clone(roots)
 	for i := 0; i < len(all); i++ {
 		all = append(all, children[all[i]]...)
 	}
@@ -382,6 +384,7 @@ func serveFloor(fd int) error {
 	if err := claimThread(anyCPU); err != nil {
 		return err
 	}
+	debug.SetGCPercent(-1) // it would wait for a thread that never announces a call
 	buf := make([]byte, 4096)
 	answer := codec.AppendStat(nil, &unix.Stat_t{})
 	for {
