@@ -1,0 +1,368 @@
+// Package helpertest runs a proxy helper, this one or QEMU's own in C, for
+// tests that look at it from the outside.
+//
+//	helpertest.go  the binaries; processes that a test starts and ends
+//	client.go      what QEMU does on a connection
+//	proc.go        what /proc says about a process
+//
+// Nothing here waits for a fixed time: what is awaited is polled for, up to
+// Patience, and then the test fails.
+package helpertest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Patience bounds every wait. It is no measure of speed: only what hangs takes
+// so long.
+const Patience = 60 * time.Second
+
+// CPath is where Debian puts the C helper, the reference for every answer.
+const CPath = "/usr/lib/qemu/virtfs-proxy-helper"
+
+var built struct {
+	sync.Mutex
+	dir, path string
+	err       error
+}
+
+// Main is the body of TestMain: it removes what Ours has built.
+func Main(m *testing.M) {
+	code := m.Run()
+	if built.dir != "" {
+		os.RemoveAll(built.dir)
+	}
+	os.Exit(code)
+}
+
+// Ours returns the path of this repository's helper, which is built once, with
+// the race detector if the test has it. The environment's HELPER overrides it.
+func Ours(tb testing.TB) string {
+	tb.Helper()
+	needRoot(tb)
+	if path := os.Getenv("HELPER"); path != "" {
+		return path
+	}
+	built.Lock()
+	defer built.Unlock()
+	if built.dir == "" {
+		if built.dir, built.err = os.MkdirTemp("", "helpertest"); built.err == nil {
+			built.path = filepath.Join(built.dir, "virtfs-proxy-helper")
+			args := []string{"build", "-o", built.path}
+			if raceEnabled {
+				args = append(args, "-race")
+			}
+			if out, err := exec.Command("go", append(args, "virtfs-proxy-helper")...).CombinedOutput(); err != nil {
+				built.err = fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+			}
+		}
+	}
+	if built.err != nil {
+		tb.Fatal(built.err)
+	}
+	return built.path
+}
+
+// C returns the path of the C helper.
+func C(tb testing.TB) string {
+	tb.Helper()
+	needRoot(tb)
+	if _, err := os.Stat(CPath); err != nil {
+		tb.Fatalf("%v: these tests compare with QEMU's own helper: apt-get install qemu-system-common", err)
+	}
+	return CPath
+}
+
+func needRoot(tb testing.TB) {
+	tb.Helper()
+	if os.Geteuid() != 0 {
+		tb.Fatal("a helper acts for the guest's users, so these tests need root: sudo go test")
+	}
+}
+
+// Eventually waits until ok says true.
+func Eventually(tb testing.TB, what string, ok func() bool) {
+	tb.Helper()
+	for end := time.Now().Add(Patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			tb.Fatalf("waited %v in vain: %s", Patience, what)
+		}
+	}
+}
+
+// Command is a process to start.
+type Command struct {
+	Path  string
+	Args  []string
+	Files []*os.File          // its descriptors from 3 on; Start closes them here
+	Cred  *syscall.Credential // root without supplementary groups, if nil
+	Env   []string
+	Dir   string
+}
+
+// Process is one that Start has started. When the test ends, it is ended, and
+// the test fails if it has died before, or has printed what no helper should.
+type Process struct {
+	PID int
+
+	tb      testing.TB
+	cmd     *exec.Cmd
+	log     string // file that holds its output
+	exited  chan struct{}
+	allowed bool // to have ended
+}
+
+// Start starts a process, whose output goes to a file.
+func Start(tb testing.TB, c Command) *Process {
+	tb.Helper()
+	log, err := os.CreateTemp(tb.TempDir(), "log")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer log.Close()
+	if c.Cred == nil {
+		c.Cred = &syscall.Credential{}
+	}
+	p := &Process{tb: tb, log: log.Name(), exited: make(chan struct{})}
+	p.cmd = exec.Command(c.Path, c.Args...)
+	p.cmd.Stdout, p.cmd.Stderr = log, log
+	p.cmd.ExtraFiles = c.Files
+	p.cmd.Env = append(os.Environ(), c.Env...)
+	p.cmd.Dir = c.Dir
+	// Nothing outlives the test binary, even if that is killed.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.Cred, Pdeathsig: syscall.SIGTERM}
+	if err := p.cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	for _, f := range c.Files {
+		f.Close()
+	}
+	p.PID = p.cmd.Process.Pid
+	go func() {
+		p.cmd.Wait()
+		close(p.exited)
+	}()
+	tb.Cleanup(p.stop)
+	return p
+}
+
+// Output returns what the process has printed so far.
+func (p *Process) Output() string {
+	b, err := os.ReadFile(p.log)
+	if err != nil {
+		p.tb.Fatal(err)
+	}
+	return string(b)
+}
+
+// Signal sends a signal that the process may end by.
+func (p *Process) Signal(sig syscall.Signal) {
+	p.tb.Helper()
+	p.allowed = true
+	if err := p.cmd.Process.Signal(sig); err != nil {
+		p.tb.Fatalf("signal %v: %v\n%s", sig, err, p.Output())
+	}
+}
+
+// Wait waits for the end of the process and returns its exit status, -1 if a
+// signal ended it.
+func (p *Process) Wait() int {
+	p.tb.Helper()
+	p.allowed = true
+	select {
+	case <-p.exited:
+	case <-time.After(Patience):
+		p.tb.Fatalf("process %d has not ended\n%s", p.PID, p.Output())
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// Alive tells that the process has not ended.
+func (p *Process) Alive() bool {
+	select {
+	case <-p.exited:
+		return false
+	default:
+		return true
+	}
+}
+
+// Server returns the process id of the server: the child of our keeper.
+func (p *Process) Server() int {
+	p.tb.Helper()
+	var pid int
+	Eventually(p.tb, "the keeper has a server", func() bool {
+		pids := Children(p.PID)
+		if len(pids) == 1 {
+			pid = pids[0]
+		}
+		return len(pids) == 1
+	})
+	return pid
+}
+
+func (p *Process) stop() {
+	if !p.Alive() && !p.allowed {
+		p.tb.Errorf("the helper died: %v\n%s", p.cmd.ProcessState, p.Output())
+	}
+	server := Children(p.PID)
+	p.cmd.Process.Signal(unix.SIGTERM)
+	select {
+	case <-p.exited:
+	case <-time.After(Patience):
+		p.tb.Errorf("process %d does not end on SIGTERM", p.PID)
+		for _, pid := range append(server, p.PID) {
+			unix.Kill(pid, unix.SIGKILL)
+		}
+		<-p.exited
+	}
+	if bad := Faults(p.Output()); bad != "" {
+		p.tb.Errorf("the helper printed:\n%s", bad)
+	}
+}
+
+var faults = regexp.MustCompile(`panic|DATA RACE|fatal error|goroutine \d+ \[`)
+
+// Faults returns what is from the first line on that tells of a fault in a Go
+// program.
+func Faults(output string) string {
+	if at := faults.FindStringIndex(output); at != nil {
+		return output[strings.LastIndexByte(output[:at[0]], '\n')+1:]
+	}
+	return ""
+}
+
+// Run runs a command to its end and returns its exit status and output. The
+// output is complete when the command has ended: a daemon must not hold it.
+func Run(tb testing.TB, c Command) (status int, output string) {
+	tb.Helper()
+	p := Start(tb, c)
+	status = p.Wait()
+	return status, p.Output()
+}
+
+// Pair starts a helper of dir, as QEMU does for sock_fd=, and returns the
+// client on the other end of the socket pair.
+func Pair(tb testing.TB, path, dir string, options ...string) (*Process, *Client) {
+	tb.Helper()
+	ours, theirs := SocketPair(tb)
+	p := Start(tb, Command{
+		Path:  path,
+		Args:  append([]string{"-n", "-p", dir, "-f", "3"}, options...),
+		Files: []*os.File{theirs},
+	})
+	return p, newClient(tb, ours)
+}
+
+// SocketPair returns both ends of a connection, which end with exec.
+func SocketPair(tb testing.TB) (a, b *os.File) {
+	tb.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return os.NewFile(uintptr(fds[0]), "client's end"), os.NewFile(uintptr(fds[1]), "helper's end")
+}
+
+// Listen starts a helper of dir that listens on a name, which it returns.
+func Listen(tb testing.TB, path, dir string, options ...string) (*Process, string) {
+	tb.Helper()
+	name := filepath.Join(ShortDir(tb), "socket")
+	p := Start(tb, Command{
+		Path: path,
+		Args: append([]string{"-n", "-p", dir, "-s", name, "-u", "0", "-g", "0"}, options...),
+	})
+	AwaitName(tb, p, name)
+	return p, name
+}
+
+// AwaitName waits until p listens on name. It asks by a connection of the
+// wrong type, which the helper does not notice.
+func AwaitName(tb testing.TB, p *Process, name string) {
+	tb.Helper()
+	Eventually(tb, "the helper listens on "+name, func() bool {
+		if !p.Alive() {
+			tb.Fatalf("the helper has ended\n%s", p.Output())
+		}
+		return Listening(tb, name)
+	})
+}
+
+// Listening tells that some process has the socket of that name.
+func Listening(tb testing.TB, name string) bool {
+	tb.Helper()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer unix.Close(fd)
+	return unix.Connect(fd, &unix.SockaddrUnix{Name: name}) == unix.EPROTOTYPE && listens(name)
+}
+
+// listens tells that the name's socket is past listen(2), which follows
+// bind(2): the kernel's table says so, with the flag SO_ACCEPTCON.
+func listens(name string) bool {
+	table, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return false
+	}
+	var st unix.Stat_t
+	if unix.Stat(name, &st) != nil {
+		return false
+	}
+	for line := range bytes.Lines(table) {
+		f := bytes.Fields(line)
+		if len(f) == 8 && string(f[3]) == "00010000" && isBoundTo(string(f[7]), &st) {
+			return true
+		}
+	}
+	return false
+}
+
+// isBoundTo tells that path, as bound, is the socket st: our helper binds a
+// private name.
+func isBoundTo(path string, st *unix.Stat_t) bool {
+	var is unix.Stat_t
+	return unix.Stat(path, &is) == nil && is.Ino == st.Ino && is.Dev == st.Dev
+}
+
+// ShortDir returns a directory whose name is short enough for sockets in it:
+// that of TempDir has the test's name in it.
+func ShortDir(tb testing.TB) string {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "t")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// Tmpfs mounts a tmpfs for the test and returns its directory.
+func Tmpfs(tb testing.TB) string {
+	tb.Helper()
+	needRoot(tb)
+	dir := ShortDir(tb)
+	if err := unix.Mount("none", dir, "tmpfs", 0, "mode=755"); err != nil {
+		tb.Fatalf("mount a tmpfs: %v", err)
+	}
+	tb.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			tb.Error(err)
+		}
+	})
+	return dir
+}

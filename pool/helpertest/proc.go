@@ -1,0 +1,125 @@
+package helpertest
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// Children returns the processes whose parent is pid.
+func Children(pid int) (pids []int) {
+	for _, p := range processes() {
+		if f := statFields(p); f != nil && f[3] == strconv.Itoa(pid) && f[2] != "Z" {
+			pids = append(pids, p)
+		}
+	}
+	return pids
+}
+
+// With returns the processes that have arg, whole, among their arguments.
+func With(arg string) (pids []int) {
+	for _, p := range processes() {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
+		for a := range strings.SplitSeq(string(cmdline), "\x00") {
+			if a == arg {
+				pids = append(pids, p)
+				break
+			}
+		}
+	}
+	return pids
+}
+
+func processes() (pids []int) {
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range entries {
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// statFields returns the fields of /proc/PID/stat, of which proc(5) has number
+// n at n-1; nil if there is no such process.
+func statFields(pid int) []string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	name := strings.LastIndexByte(string(b), ')')
+	return append([]string{strconv.Itoa(pid), ""}, strings.Fields(string(b[name+1:]))...)
+}
+
+// Session returns the session of a process and its controlling terminal, 0 if
+// it has none.
+func Session(tb testing.TB, pid int) (session, tty int) {
+	tb.Helper()
+	f := statFields(pid)
+	if f == nil {
+		tb.Fatalf("no process %d", pid)
+	}
+	session, _ = strconv.Atoi(f[5])
+	tty, _ = strconv.Atoi(f[6])
+	return session, tty
+}
+
+// Status returns the fields of /proc/PID/status, or of a thread's, which has
+// its path below /proc.
+func Status(tb testing.TB, dir string) map[string]string {
+	tb.Helper()
+	b, err := os.ReadFile(filepath.Join("/proc", dir, "status"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	m := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		k, v, _ := strings.Cut(line, ":")
+		m[k] = strings.TrimSpace(v)
+	}
+	return m
+}
+
+// RSS returns the bytes that a process has in memory.
+func RSS(tb testing.TB, pid int) int {
+	tb.Helper()
+	var kb int
+	if _, err := fmt.Sscanf(Status(tb, strconv.Itoa(pid))["VmRSS"], "%d kB", &kb); err != nil {
+		tb.Fatalf("VmRSS of %d: %v", pid, err)
+	}
+	return kb << 10
+}
+
+// FDs returns where the descriptors of a process lead.
+func FDs(tb testing.TB, pid int) map[int]string {
+	tb.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	m := map[int]string{}
+	for _, e := range entries {
+		n, _ := strconv.Atoi(e.Name())
+		if to, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil {
+			m[n] = to
+		}
+	}
+	return m
+}
+
+// Threads returns the thread ids of a process.
+func Threads(tb testing.TB, pid int) (tids []string) {
+	tb.Helper()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, e := range entries {
+		tids = append(tids, e.Name())
+	}
+	return tids
+}
