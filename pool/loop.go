@@ -89,8 +89,9 @@ func (l *loop) refuse() {
 // OnTraffic is a connection's turn: it serves what has come and all that comes
 // while the connection stays (stay.go). It leaves nothing in gnet's buffers.
 func (l *loop) OnTraffic(c gnet.Conn) gnet.Action {
-	mayStay := l.srv.crowd.begin()
+	mayStay := l.srv.crowd.begin() && l.pace.busy()
 	defer l.srv.crowd.end()
+	defer l.pace.leave()
 	b, _ := c.Next(-1)
 	for len(b) > 0 {
 		b = b[l.in.put(b):]

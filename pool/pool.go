@@ -44,6 +44,10 @@ import (
 // spareLoops is how many loops without a connection are kept for the next.
 const spareLoops = 8
 
+// gnet starts a goroutine pool for things that are not used here, in every
+// process that links it. It would wake up twice a second.
+func init() { goroutine.DefaultWorkerPool.Release() }
+
 // Server serves any number of connections to one file system.
 type Server struct {
 	fs      *ops.FS
@@ -62,9 +66,6 @@ type Server struct {
 // NewServer returns a server of fs that has at most n requests in the file
 // system at once.
 func NewServer(fs *ops.FS, n int, log *slog.Logger) *Server {
-	// gnet's own goroutine pool serves things that are not used here, and
-	// would wake up twice a second for it.
-	goroutine.DefaultWorkerPool.Release()
 	return &Server{
 		fs:      fs,
 		log:     log,

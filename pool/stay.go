@@ -15,14 +15,17 @@ import (
 // matters is the way there and back, not parallelism. In µs, on two cores:
 // waking a thread on another core takes 15 to 30, an LSTAT 2.
 //
-//   - Staying in recv instead of epoll saves an epoll_wait, and gnet's read.
+//   - Staying in recv instead of epoll saves two epoll_waits and gnet's read.
+//     A connection that asks now and then is better off in epoll: one whose
+//     last pause was longer than a stay does not stay.
 //   - Spinning saves the wake-up where the client has a core of its own, and
 //     costs the client its time where it has not. So it is measured, again and
 //     again (pace), and done only while each connection that is being served
 //     can have two processors: its own and its client's.
 const (
-	// stayFor bounds the sleep in recv. Past it a connection costs nothing.
-	stayFor = 50 * time.Millisecond
+	// stayFor bounds the sleep in recv. The runtime's monitor interrupts a
+	// thread after 10 ms anyway. Past it a connection costs nothing.
+	stayFor = 10 * time.Millisecond
 	// spinFor bounds a spin: longer than a client takes to wake up and ask,
 	// where spinning pays at all.
 	spinFor = 40 * time.Microsecond
@@ -96,16 +99,12 @@ func (l *loop) spin(room []byte) int {
 	}
 }
 
-// sleep waits for bytes until stayFor has passed: how many have come, -1 when
-// none or when the client has left, which gnet is to see.
+// sleep waits for bytes until stayFor has passed, or the runtime wants this
+// thread to stop (EINTR): how many have come, -1 when none or when the client
+// has left, which gnet is to see.
 func (l *loop) sleep(room []byte) int {
-	for {
-		n, errno := recv(l.fd, room, 0)
-		if n >= 0 || errno != unix.EINTR {
-			return leftIfNone(n)
-		}
-		runtime.Gosched() // the runtime wants this thread to stop: let it
-	}
+	n, _ := recv(l.fd, room, 0)
+	return leftIfNone(n)
 }
 
 func leftIfNone(n int) int {
@@ -119,6 +118,8 @@ func leftIfNone(n int) int {
 // one begins with probeRequests in the other way and as many in the way in
 // use, both measured, and goes on in the better one.
 type pace struct {
+	left     int64 // when the last turn ended, in ns
+
 	spinning bool
 	request  int // since the window began
 	window   int // its length in requests
@@ -137,6 +138,12 @@ const (
 )
 
 func newPace() pace { return pace{window: minWindow} }
+
+// busy tells, when a turn begins, that a stay would have paid since the last.
+func (p *pace) busy() bool { return nanotime()-p.left < stayFor.Nanoseconds() }
+
+// leave notes when the connection went back to epoll.
+func (p *pace) leave() { p.left = nanotime() }
 
 func (p *pace) probing() bool  { return p.request < probeRequests }
 func (p *pace) measured() bool { return p.request < 2*probeRequests }
