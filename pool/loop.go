@@ -25,6 +25,10 @@ type loop struct {
 	call ops.Call
 	tx   sender
 	pace pace
+	slot bool // taken from the crowd
+
+	served  atomic.Uint64 // answers, for Server.count
+	counted uint64        // of them; under Server.mu
 }
 
 // newLoop starts an event loop of its own.
@@ -89,9 +93,7 @@ func (l *loop) refuse() {
 // OnTraffic is a connection's turn: it serves what has come and all that comes
 // while the connection stays (stay.go). It leaves nothing in gnet's buffers.
 func (l *loop) OnTraffic(c gnet.Conn) gnet.Action {
-	mayStay := l.srv.crowd.begin() && l.pace.busy()
-	defer l.srv.crowd.end()
-	defer l.pace.leave()
+	defer l.giveSlot()
 	b, _ := c.Next(-1)
 	for len(b) > 0 {
 		b = b[l.in.put(b):]
@@ -99,7 +101,7 @@ func (l *loop) OnTraffic(c gnet.Conn) gnet.Action {
 			return action
 		}
 	}
-	for mayStay && l.await() {
+	for l.await() {
 		if action := l.serveFrames(); action != gnet.None {
 			return action
 		}
@@ -131,7 +133,7 @@ func (l *loop) serve(t codec.Type, payload []byte) gnet.Action {
 	l.srv.fs.Do(t, payload, &l.call)
 	l.srv.workers.End()
 
-	l.pace.answer()
+	l.answering()
 	errno := l.tx.send(l.fd, l.call.Out, l.call.FD)
 	if l.call.FD >= 0 {
 		unix.Close(l.call.FD)

@@ -58,6 +58,7 @@ type Server struct {
 	mu       sync.Mutex
 	spare    []*loop
 	serving  map[*loop]struct{}
+	counted  int64 // when connections were last counted, in ns
 	draining bool
 	left     func()        // after each connection's end, with the number that remain
 	empty    chan struct{} // closed when draining and nothing is being served

@@ -1,19 +1,20 @@
 package pool
 
 import (
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// prepareSocket makes fd a blocking socket whose recv waits for stayFor at
+// prepareSocket makes fd a blocking socket whose recv waits for sleepFor at
 // most. With a timeout a signal interrupts recv for sure (signal(7)), which
 // the Go runtime relies on when it wants to stop a thread in a raw call.
 func prepareSocket(fd int) error {
 	if err := unix.SetNonblock(fd, false); err != nil {
 		return err
 	}
-	tv := unix.NsecToTimeval(stayFor.Nanoseconds())
+	tv := unix.NsecToTimeval(sleepFor.Nanoseconds())
 	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
 }
 
@@ -28,6 +29,18 @@ func recv(fd int, room []byte, flags int) (int, unix.Errno) {
 		return -1, errno
 	}
 	return int(n), 0
+}
+
+// readable waits until bytes or the end of the stream have come; false when
+// nothing has within d, or the wait was interrupted for long.
+func readable(fd int, d time.Duration) bool {
+	fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds[:], int(d.Milliseconds()))
+		if err != unix.EINTR {
+			return n > 0
+		}
+	}
 }
 
 // sender sends answers. Its fields are what sendmsg takes, kept from one

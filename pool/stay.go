@@ -10,52 +10,30 @@ import (
 )
 
 // This file decides where a connection spends its time between an answer and
-// the next request: spinning on its thread, asleep on its thread in recv, or
-// back in gnet's epoll. QEMU's next request depends on this answer, so what
-// matters is the way there and back, not parallelism. In µs, on two cores:
-// waking a thread on another core takes 15 to 30, an LSTAT 2.
+// the next request. QEMU's next request depends on this answer, so what matters
+// is the way there and back, not parallelism. In µs, on two cores: waking a
+// thread on another core takes 15 to 30, an LSTAT 2. From the fastest place to
+// the cheapest, each for a while:
 //
-//   - Staying in recv instead of epoll saves two epoll_waits and gnet's read.
-//     A connection that asks now and then is better off in epoll: one whose
-//     last pause was longer than a stay does not stay.
-//   - Spinning saves the wake-up where the client has a core of its own, and
-//     costs the client its time where it has not. So it is measured, again and
-//     again (pace), and done only while each connection that is being served
-//     can have two processors: its own and its client's.
+//	spin   polls the socket for spinFor: saves the wake-up where the client
+//	       has a core of its own, and costs the client its time where it has
+//	       not. So it is measured, again and again (pace), and only done while
+//	       those who are busy can have two CPUs each (crowd).
+//	sleep  is a recv that the Go scheduler does not know of: nothing but the
+//	       system call. It holds a Go processor, of which there are enough.
+//	doze   is a poll that the scheduler knows of: it costs nothing while it
+//	       lasts, and more when it ends. For connections that ask now and then.
+//	epoll  is gnet's, for connections that are idle: on the way back it costs
+//	       two epoll_waits and, in the Go scheduler, another thread's wake-up.
 const (
-	// stayFor bounds the sleep in recv. The runtime's monitor interrupts a
-	// thread after 10 ms anyway. Past it a connection costs nothing.
-	stayFor = 10 * time.Millisecond
-	// spinFor bounds a spin: longer than a client takes to wake up and ask,
-	// where spinning pays at all.
-	spinFor = 40 * time.Microsecond
+	spinFor  = 40 * time.Microsecond
+	sleepFor = 10 * time.Millisecond // the runtime's monitor interrupts a thread then anyway
+	dozeFor  = 900 * time.Millisecond
 )
 
-// slackProcs are the Go processors beside those of connections that stay: for
+// slackProcs are the Go processors beside those of connections that sleep: for
 // the runtime, for new connections, for requests on other loops.
 const slackProcs = 8
-
-// crowd counts the connections that are in their turn.
-type crowd struct {
-	hot  atomic.Int32
-	stay int32 // so many may stay: each keeps a Go processor while it is in a raw recv
-	spin int32 // so many may spin: half the CPUs, as each one's client needs one, too
-}
-
-func newCrowd(stay int) *crowd {
-	runtime.GOMAXPROCS(stay + slackProcs)
-	return &crowd{stay: int32(stay), spin: int32(max(1, runtime.NumCPU()/2))}
-}
-
-// begin is called when a connection's turn begins, and tells if it may stay
-// for more than what has come.
-func (c *crowd) begin() bool { return c.hot.Add(1) <= c.stay }
-
-// end is called when the turn ends.
-func (c *crowd) end() { c.hot.Add(-1) }
-
-// thin tells that whoever is in its turn may spin.
-func (c *crowd) thin() bool { return c.hot.Load() <= c.spin }
 
 // await waits for bytes on this thread (true), or decides that gnet's epoll is
 // the place to wait (false).
@@ -63,33 +41,34 @@ func (l *loop) await() bool {
 	room := l.in.room()
 	p := &l.pace
 	n := 0
-	if p.spins() && l.srv.crowd.thin() {
-		if n = l.spin(room); n <= 0 {
-			p.missed()
-		} else {
-			p.hit()
+	if p.busy && l.takeSlot() {
+		if p.spins() && l.srv.crowd.thin() {
+			n = l.spin(room)
+			p.spun(n)
+		}
+		if n == 0 {
+			n = l.sleep(room)
 		}
 	}
 	if n == 0 {
-		n = l.sleep(room)
+		l.giveSlot()
+		n = l.doze(room)
 	}
 	if n <= 0 {
 		return false
 	}
-	if p.measured() {
-		p.measure(nanotime())
-	}
+	p.measure()
 	l.in.received(n)
 	return true
 }
 
-// spin polls for bytes: how many have come, 0 in vain, -1 when the client has
-// left.
+// spin, sleep and doze return how many bytes have come, 0 if none have, and -1
+// when the client has left or has to be left to gnet.
+
 func (l *loop) spin(room []byte) int {
 	for until := nanotime() + spinFor.Nanoseconds(); ; {
 		for range 8 {
-			n, errno := recv(l.fd, room, unix.MSG_DONTWAIT)
-			if n != -1 || errno != unix.EAGAIN {
+			if n, errno := recv(l.fd, room, unix.MSG_DONTWAIT); errno != unix.EAGAIN {
 				return leftIfNone(n)
 			}
 		}
@@ -99,11 +78,25 @@ func (l *loop) spin(room []byte) int {
 	}
 }
 
-// sleep waits for bytes until stayFor has passed, or the runtime wants this
-// thread to stop (EINTR): how many have come, -1 when none or when the client
-// has left, which gnet is to see.
 func (l *loop) sleep(room []byte) int {
-	n, _ := recv(l.fd, room, 0)
+	n, errno := recv(l.fd, room, 0)
+	switch errno {
+	case unix.EINTR: // the runtime wants this thread to stop: it can, in doze
+		return 0
+	case unix.EAGAIN:
+		l.pace.busy = false
+		return 0
+	}
+	return leftIfNone(n)
+}
+
+func (l *loop) doze(room []byte) int {
+	began := nanotime()
+	if !readable(l.fd, dozeFor) {
+		return -1
+	}
+	l.pace.busy = nanotime()-began < sleepFor.Nanoseconds()
+	n, _ := recv(l.fd, room, unix.MSG_DONTWAIT)
 	return leftIfNone(n)
 }
 
@@ -114,18 +107,79 @@ func leftIfNone(n int) int {
 	return n
 }
 
+// crowd knows how many connections are busy.
+type crowd struct {
+	slots atomic.Int32 // that are left: connections that may sleep, a Go processor each
+	busy  atomic.Int32 // connections that were, at the last count
+	spin  int32        // so many may spin: half the CPUs, as each one's client needs one, too
+}
+
+func newCrowd(slots int) *crowd {
+	runtime.GOMAXPROCS(slots + slackProcs)
+	c := &crowd{spin: int32(max(1, runtime.NumCPU()/2))}
+	c.slots.Store(int32(slots))
+	return c
+}
+
+// thin tells that whoever is busy may spin.
+func (c *crowd) thin() bool { return c.busy.Load() <= c.spin }
+
+// takeSlot makes sure that the connection may sleep. It keeps the slot until
+// it dozes or goes back to epoll.
+func (l *loop) takeSlot() bool {
+	if !l.slot {
+		if l.slot = l.srv.crowd.slots.Add(-1) >= 0; !l.slot {
+			l.srv.crowd.slots.Add(1)
+		}
+	}
+	return l.slot
+}
+
+func (l *loop) giveSlot() {
+	if l.slot {
+		l.slot = false
+		l.srv.crowd.slots.Add(1)
+	}
+}
+
+// count counts who has been busy since the last count, which a request that
+// hangs is not.
+func (s *Server) count() {
+	if !s.mu.TryLock() {
+		return
+	}
+	defer s.mu.Unlock()
+	now, busy := nanotime(), int32(0)
+	if now-s.counted < minCountEvery.Nanoseconds() {
+		return
+	}
+	s.counted = now
+	for l := range s.serving {
+		served := l.served.Load()
+		if served-l.counted >= busyIfServed {
+			busy++
+		}
+		l.counted = served
+	}
+	s.crowd.busy.Store(busy)
+}
+
+const (
+	minCountEvery = 2 * time.Millisecond
+	busyIfServed  = 8 // requests from one count to the next
+)
+
 // pace learns whether spinning pays for a connection. Time is cut in windows:
 // one begins with probeRequests in the other way and as many in the way in
 // use, both measured, and goes on in the better one.
 type pace struct {
-	left     int64 // when the last turn ended, in ns
-
+	busy     bool // the last request came within sleepFor
 	spinning bool
 	request  int // since the window began
 	window   int // its length in requests
 	misses   int // spins in vain since the last that was not
-	answered int64 // when the last answer was about to leave, in ns, if measured
-	gaps     [2][probeRequests]int64
+	answered int64
+	gaps     [2][probeRequests]int64 // answer to request in ns, asleep and spinning
 	count    [2]int
 }
 
@@ -135,50 +189,58 @@ const (
 	maxWindow     = 16 * minWindow // after probes in vain
 	maxMisses     = 3              // give spinning up until the next window
 	minGain       = 12             // percent that spinning has to be faster by
+	breathe       = 256            // requests between two visits to the scheduler
 )
 
 func newPace() pace { return pace{window: minWindow} }
-
-// busy tells, when a turn begins, that a stay would have paid since the last.
-func (p *pace) busy() bool { return nanotime()-p.left < stayFor.Nanoseconds() }
-
-// leave notes when the connection went back to epoll.
-func (p *pace) leave() { p.left = nanotime() }
 
 func (p *pace) probing() bool  { return p.request < probeRequests }
 func (p *pace) measured() bool { return p.request < 2*probeRequests }
 func (p *pace) spins() bool    { return p.spinning != p.probing() && p.misses < maxMisses }
 
-// answer is called before an answer leaves: its sending wakes the client, who
-// may well take this processor at once.
-func (p *pace) answer() {
-	p.request++
-	if p.measured() {
-		p.answered = nanotime()
+// way indexes what is measured.
+func (p *pace) way() int {
+	if p.spins() {
+		return 1
 	}
+	return 0
+}
+
+// answering is called before each answer leaves: sending it wakes the client,
+// who may well take this processor at once.
+func (l *loop) answering() {
+	p := &l.pace
+	l.served.Add(1)
+	p.request++
 	switch {
 	case p.request == 2*probeRequests:
 		p.judge()
 	case p.request >= p.window:
 		p.request, p.misses, p.count = 0, 0, [2]int{}
-	case p.request%256 == 0:
+	case p.request%breathe == 0:
+		l.srv.count()
 		// The runtime takes a thread's processor away that has not been
 		// scheduled for 10 ms, at each of its system calls.
 		runtime.Gosched()
 	}
+	if p.measured() {
+		p.answered = nanotime()
+	}
 }
 
-func (p *pace) hit()    { p.misses = 0 }
-func (p *pace) missed() { p.misses++ }
-
-// measure notes the time from an answer to the next request, which came now.
-func (p *pace) measure(now int64) {
-	way := 0
-	if p.spins() {
-		way = 1
+// spun notes what a spin has brought.
+func (p *pace) spun(n int) {
+	if n > 0 {
+		p.misses = 0
+	} else {
+		p.misses++
 	}
-	if p.count[way] < probeRequests {
-		p.gaps[way][p.count[way]] = now - p.answered
+}
+
+// measure notes the time from the answer to the request that has come now.
+func (p *pace) measure() {
+	if way := p.way(); p.measured() && p.count[way] < probeRequests {
+		p.gaps[way][p.count[way]] = nanotime() - p.answered
 		p.count[way]++
 	}
 }

@@ -30,8 +30,8 @@ type Answer struct {
 	File *os.File // nil if there was none; closed when the test ends, at the latest
 }
 
-// newClient owns f.
-func newClient(tb testing.TB, f *os.File) *Client {
+// NewClient returns the client on its end of a connection, and owns f.
+func NewClient(tb testing.TB, f *os.File) *Client {
 	tb.Helper()
 	conn, err := net.FileConn(f)
 	f.Close()

@@ -264,7 +264,7 @@ func Pair(tb testing.TB, path, dir string, options ...string) (*Process, *Client
 		Args:  append([]string{"-n", "-p", dir, "-f", "3"}, options...),
 		Files: []*os.File{theirs},
 	})
-	return p, newClient(tb, ours)
+	return p, NewClient(tb, ours)
 }
 
 // SocketPair returns both ends of a connection, which end with exec.

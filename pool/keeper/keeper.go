@@ -138,7 +138,7 @@ func (c *Config) startServer() (*Control, <-chan error, error) {
 // for, threads that are stuck in a system call, the server has spare
 // processors for. The slack is a thread's, and its children inherit it.
 func startPatient(cmd *exec.Cmd) error {
-	const timerSlack = 10 * time.Millisecond
+	const timerSlack = 50 * time.Millisecond
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(timerSlack.Nanoseconds()), 0, 0, 0); err != nil {
