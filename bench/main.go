@@ -7,9 +7,10 @@
 //	go run ./bench --peer --matrix  all placements and numbers of connections
 //
 // One request's way through the files: ops.go says what to ask, client.go asks
-// and takes the time, server.go runs those who answer, run.go lets them take
-// turns, stats.go and report.go make figures of it. trace.go and record.go
-// are about recorded traffic, plot.go about the HTML page.
+// and takes the time, server.go starts those who answer (floor.go is one), run.go
+// lets them take turns, stats.go and report.go make figures of it. machine.go
+// is about CPUs and processes, scratch.go about the file system to measure on,
+// trace.go and record.go about recorded traffic, plot.go about the HTML page.
 package main
 
 import (

@@ -33,7 +33,7 @@ type cell struct {
 // run measures one cell and adds what it finds to the report.
 func (c *cell) run(ctx context.Context) (err error) {
 	runtime.GOMAXPROCS(c.conns + 4) // clients hold theirs while they block
-	debug.SetGCPercent(-1)          // collected by hand, between workloads
+	debug.SetGCPercent(-1)          // collected by hand, between chunks
 	dirs := make([]string, c.conns)
 	for i := range dirs {
 		dirs[i] = fmt.Sprintf("//bench-%d-%02d", os.Getpid(), i)
@@ -156,14 +156,12 @@ func (c *cell) more(w *workload, round int, since time.Time) bool {
 // measure has the programs take turns in the same chunks of the workload, and
 // reports what each made of them. Who begins changes from round to round.
 func (c *cell) measure(ctx context.Context, w *workload) error {
-	runtime.GC()
 	var running []*program
 	for _, p := range c.running {
 		if !p.isFloor || w.name == "lstat" {
 			running = append(running, p)
 		}
 	}
-	ours := running[0]
 	// One series for each name of the workload, and one for all of them.
 	all := len(w.ops)
 	results := map[*program][]*series{}
@@ -180,6 +178,9 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 		round = 0
 	}
 	for since := time.Now(); round < 0 || c.more(w, round, since); round++ {
+		if round%32 == 0 {
+			runtime.GC() // no client is busy now
+		}
 		batches := make([]batch, c.conns)
 		for i := range batches {
 			batches[i] = w.next(i)
@@ -220,11 +221,22 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 	}
 	for _, p := range running {
 		n, first := p.wrong()
-		c.report.note(n-wrong[p], p.name, w.name, first)
 		wrong[p] = n - wrong[p]
+		c.report.note(wrong[p], p.name, w.name, first)
 	}
+	c.conclude(w, running, results, wrong)
+	return nil
+}
+
+// conclude adds a row to the report for each operation of the workload and,
+// where there are several, one for all of them.
+func (c *cell) conclude(w *workload, running []*program, results map[*program][]*series, wrong map[*program]int) {
+	names := append(slices.Clone(w.ops), w.name)
 	peer := slices.IndexFunc(running, func(p *program) bool { return p.name == "peer" })
-	add := func(op int, name string) {
+	for op, name := range names {
+		if len(w.ops) == 1 && op == 0 || results[running[0]][op].latency.TotalCount() == 0 {
+			continue
+		}
 		row := row{Placement: c.at.name, Connections: c.conns, Workload: w.name, Operation: name}
 		for _, p := range running {
 			f := newFigures(p.name, results[p][op], wrong[p])
@@ -235,15 +247,6 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 		}
 		c.report.Rows = append(c.report.Rows, row)
 	}
-	if all > 1 {
-		for op, name := range w.ops {
-			if results[ours][op].latency.TotalCount() > 0 {
-				add(op, name)
-			}
-		}
-	}
-	add(all, w.name)
-	return nil
 }
 
 // turn is one program's chunk: what it needs beforehand, what is measured, and
