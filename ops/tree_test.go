@@ -242,3 +242,5 @@ func generation(path string) uint32 {
 }
 
 func u64(b []byte) uint64 { return binary.NativeEndian.Uint64(b) }
+
+func u32(b []byte) uint32 { return binary.NativeEndian.Uint32(b) }
