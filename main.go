@@ -155,6 +155,11 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--workers %d: not within 1 to 1024", o.workers)
 	}
 	o.uid, o.gid = int(uid), int(gid)
+	if o.pidfile != "" { // the daemon leaves this directory before it removes the file
+		if o.pidfile, err = filepath.Abs(o.pidfile); err != nil {
+			return nil, fmt.Errorf("--pidfile: %w", err)
+		}
+	}
 	if err := o.logLevel.UnmarshalText([]byte(level)); err != nil {
 		return bad("--log-level %q: not one of debug, info, warn, error", level)
 	}

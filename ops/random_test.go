@@ -157,7 +157,7 @@ func TestRandom(t *testing.T) {
 					last = last[1:]
 				}
 				err := w.compare(s, g.IntN(2) == 0, now)
-				if err == nil && (i%100==99 || i == *requests-1) {
+				if err == nil && (i%100 == 99 || i == *requests-1) {
 					if d := difference(look(t, w.ours.dir, now), look(t, w.theirs.dir, now)); d != "" {
 						err = fmt.Errorf("the trees differ:\n%s", d)
 					}

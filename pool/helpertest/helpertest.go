@@ -60,6 +60,7 @@ func Ours(tb testing.TB) string {
 	defer built.Unlock()
 	if built.dir == "" {
 		if built.dir, built.err = os.MkdirTemp("", "helpertest"); built.err == nil {
+			built.err = os.Chmod(built.dir, 0o755) // users without privilege start it, too
 			built.path = filepath.Join(built.dir, "virtfs-proxy-helper")
 			args := []string{"build", "-o", built.path}
 			if raceEnabled {

@@ -55,17 +55,18 @@ func (c *Config) Run() error {
 		}
 		defer name.Release()
 	}
-	control, exited, err := c.startServer()
-	if err != nil {
-		return err
-	}
-	defer control.Close()
 	if c.PIDFile != "" {
 		if err := writePIDFile(c.PIDFile); err != nil {
 			return err
 		}
 		defer os.Remove(c.PIDFile)
 	}
+	control, exited, err := c.startServer()
+	if err != nil {
+		return err
+	}
+	defer control.Close()
+	defer control.SendStop() // whatever the reason, unless it is gone
 	accepted := make(chan error, 1)
 	if name != nil {
 		if err := name.Publish(c.Log); err != nil {

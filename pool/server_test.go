@@ -1,0 +1,272 @@
+package pool_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/helpertest"
+)
+
+func TestMain(m *testing.M) { helpertest.Main(m) }
+
+func frame(t codec.Type, path string) []byte {
+	q := codec.Request{Path: helpertest.Path(path)}
+	return q.Append(nil, t)
+}
+
+// export has three files, told apart by their modes.
+func export(t *testing.T) string {
+	dir := t.TempDir()
+	for i, name := range []string{"a", "b", "c"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, os.FileMode(0o600+i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// Answers come in the order of the requests, descriptors among them.
+func TestPipelined(t *testing.T) {
+	_, c := helpertest.Pair(t, helpertest.Ours(t), export(t))
+	var all []byte
+	types := []codec.Type{codec.Lstat, codec.Open, codec.Remove, codec.Open}
+	paths := []string{"/a", "/b", "/none", "/nor this"}
+	for range 250 {
+		for i := range types {
+			all = append(all, frame(types[i], paths[i])...)
+		}
+	}
+	go c.TrySend(all)
+	for i := range 250 {
+		a, f := c.Read(codec.Lstat), c.Read(codec.Open)
+		if mode := a.Payload[24]; a.Errno != 0 || mode != 0o600&0xff {
+			t.Fatalf("round %d: %v, mode %o", i, a.Errno, mode)
+		}
+		if f.Errno != 0 || f.File == nil {
+			t.Fatalf("round %d: no descriptor: %v", i, f.Errno)
+		}
+		f.File.Close()
+		if e1, e2 := c.Read(codec.Remove).Errno, c.Read(codec.Open).Errno; e1 != unix.ENOENT || e2 != unix.ENOENT {
+			t.Fatalf("round %d: %v, %v", i, e1, e2)
+		}
+	}
+}
+
+// A frame may come in any pieces.
+func TestPieces(t *testing.T) {
+	_, c := helpertest.Pair(t, helpertest.Ours(t), export(t))
+	b := append(frame(codec.Lstat, "/a"), frame(codec.Open, "/b")...)
+	for cut := 1; cut < len(b); cut++ {
+		c.Send(b[:cut])
+		time.Sleep(200 * time.Microsecond) // mostly enough for the helper to see a piece
+		c.Send(b[cut:])
+		if a, f := c.Read(codec.Lstat), c.Read(codec.Open); a.Errno != 0 || f.Errno != 0 {
+			t.Fatalf("cut at %d: %v, %v", cut, a.Errno, f.Errno)
+		} else {
+			f.File.Close()
+		}
+	}
+}
+
+// What is no request ends the connection, after the answers before it.
+func TestNotTheProtocol(t *testing.T) {
+	_, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	for _, header := range []string{
+		"\x00\x00\x00\x00\x00\x00\x00\x00", "\x16\x00\x00\x00\x00\x00\x00\x00", "\x08\x00\x00\x00\x01\x00\x01\x00", "\xff\xff\xff\xff\xff\xff\xff\xff",
+	} {
+		c := helpertest.Dial(t, name)
+		c.Send(append(frame(codec.Lstat, "/a"), header...))
+		if a := c.Read(codec.Lstat); a.Errno != 0 {
+			t.Errorf("%q: the request before: %v", header, a.Errno)
+		}
+		c.WantEOF()
+		c.Close()
+	}
+}
+
+// A client that does not read, and one that sends half of the largest frame,
+// hold bounded memory, and lose nothing.
+func TestBoundedMemory(t *testing.T) {
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	helpertest.Dial(t, name).Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	before := helpertest.RSS(t, p.Server())
+	const requests, clients = 50_000, 50
+	deaf := helpertest.Dial(t, name)
+	sent := make(chan error, 1)
+	go func() {
+		var all []byte
+		for range requests {
+			all = append(all, frame(codec.Lstat, "/a")...)
+		}
+		sent <- deaf.TrySend(all)
+	}()
+	for range clients {
+		c := helpertest.Dial(t, name)
+		c.Send(append([]byte("\x08\x00\x00\x00\x00\x00\x01\x00"), make([]byte, 40_000)...))
+		defer c.Close()
+	}
+	helpertest.Dial(t, name).Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	if grown := helpertest.RSS(t, p.Server()) - before; grown > (clients+1)*(256<<10) {
+		t.Errorf("the server grew by %d KiB", grown>>10)
+	}
+	for i := range requests {
+		if a := deaf.Read(codec.Lstat); a.Errno != 0 {
+			t.Fatalf("answer %d: %v", i, a.Errno)
+		}
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+}
+
+// 10,000 connections leave nothing behind.
+func TestManyConnections(t *testing.T) {
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t), "--log-level=warn")
+	round := func(n int) {
+		for range n {
+			c := helpertest.Dial(t, name)
+			c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+			c.Close()
+		}
+	}
+	round(500)
+	server := p.Server()
+	fds, threads, rss := len(helpertest.FDs(t, server)), len(helpertest.Threads(t, server)), helpertest.RSS(t, server)
+	round(10_000)
+	helpertest.Eventually(t, "descriptors as before", func() bool { return len(helpertest.FDs(t, server)) <= fds+8 })
+	if n := len(helpertest.Threads(t, server)); n > threads+16 {
+		t.Errorf("%d threads, were %d", n, threads)
+	}
+	if n := helpertest.RSS(t, server); n > rss+(16<<20) {
+		t.Errorf("%d KiB, were %d", n>>10, rss>>10)
+	}
+}
+
+// hang mounts a FUSE file system that answers nothing, until release.
+func hang(t *testing.T, dir string) (release func()) {
+	t.Helper()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Mount("hang", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", fd))
+	}
+	if err != nil {
+		t.Fatalf("mount a FUSE file system: %v", err)
+	}
+	open := true
+	release = func() {
+		if open {
+			open = false
+			unix.Close(fd)
+			unix.Unmount(dir, unix.MNT_DETACH)
+		}
+	}
+	t.Cleanup(release)
+	return release
+}
+
+// A request that hangs, hangs alone; once all workers hang, others wait, and
+// go on afterwards.
+func TestStuckRequest(t *testing.T) {
+	dir := export(t)
+	stuck := filepath.Join(dir, "stuck")
+	if err := os.Mkdir(stuck, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	release := hang(t, stuck)
+	_, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=2")
+	before := helpertest.Dial(t, name)
+	first, second := helpertest.Dial(t, name), helpertest.Dial(t, name)
+	first.Send(frame(codec.Lstat, "/stuck/x"))
+	for range 200 {
+		before.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		c := helpertest.Dial(t, name)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+		c.Close()
+	}
+	second.Send(frame(codec.Lstat, "/stuck/y"))
+	time.Sleep(50 * time.Millisecond) // most likely both hang now; if not, the rest holds as well
+	waiting := helpertest.Dial(t, name)
+	waiting.Send(frame(codec.Lstat, "/a"))
+	release()
+	for _, c := range []*helpertest.Client{first, second} {
+		if a := c.Read(codec.Lstat); a.Errno == 0 {
+			t.Error("the hanging file system has answered")
+		}
+	}
+	if a := waiting.Read(codec.Lstat); a.Errno != 0 {
+		t.Error(a.Errno)
+	}
+}
+
+// After SIGTERM each request that could be sent is answered, OPENs with their
+// descriptor: QEMU mistakes an end of file for one.
+func TestTerminate(t *testing.T) {
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	c := helpertest.Dial(t, name)
+	sent := make(chan int)
+	go func() {
+		n := 0
+		for c.TrySend(frame(codec.Open, "/a")) == nil {
+			n++
+		}
+		sent <- n
+	}()
+	answered := 0
+	for ; ; answered++ {
+		if answered == 100 {
+			p.Signal(syscall.SIGTERM)
+		}
+		a, err := c.TryRead(codec.Open)
+		if err != nil {
+			break
+		}
+		if a.Errno != 0 {
+			t.Fatal(a.Errno)
+		}
+		a.File.Close()
+	}
+	if n := <-sent; n != answered {
+		t.Errorf("%d requests sent, %d answered", n, answered)
+	}
+	if status := p.Wait(); status != 0 {
+		t.Errorf("status %d\n%s", status, p.Output())
+	}
+	if _, err := os.Lstat(name); !os.IsNotExist(err) {
+		t.Errorf("the name is still there: %v", err)
+	}
+}
+
+// The helper leaves with its last client if told so; without a keeper the
+// server goes on for those it has.
+func TestLeaving(t *testing.T) {
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t), "--once")
+	c := helpertest.Dial(t, name)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	c.Close()
+	if status := p.Wait(); status != 0 {
+		t.Errorf("--once: status %d\n%s", status, p.Output())
+	}
+
+	p, name = helpertest.Listen(t, helpertest.Ours(t), export(t))
+	server := p.Server()
+	c = helpertest.Dial(t, name)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	p.Signal(syscall.SIGKILL)
+	p.Wait()
+	for range 100 {
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	}
+	c.Close()
+	helpertest.Eventually(t, "the server leaves with its last client", func() bool {
+		_, err := os.Stat("/proc/" + strconv.Itoa(server) + "/root/a")
+		return err != nil
+	})
+}
