@@ -114,7 +114,7 @@ func TestBoundedMemory(t *testing.T) {
 		defer c.Close()
 	}
 	helpertest.Dial(t, name).Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	if grown := helpertest.RSS(t, p.Server()) - before; grown > (clients+1)*(256<<10) {
+	if grown := helpertest.RSS(t, p.Server()) - before; grown > helpertest.MemoryFactor*(clients+1)*(256<<10) {
 		t.Errorf("the server grew by %d KiB", grown>>10)
 	}
 	for i := range requests {
@@ -145,7 +145,7 @@ func TestManyConnections(t *testing.T) {
 	if n := len(helpertest.Threads(t, server)); n > threads+16 {
 		t.Errorf("%d threads, were %d", n, threads)
 	}
-	if n := helpertest.RSS(t, server); n > rss+(16<<20) {
+	if n := helpertest.RSS(t, server); n > rss+helpertest.MemoryFactor*(8<<20) {
 		t.Errorf("%d KiB, were %d", n>>10, rss>>10)
 	}
 }

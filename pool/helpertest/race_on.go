@@ -3,3 +3,7 @@
 package helpertest
 
 const raceEnabled = true
+
+// MemoryFactor is how much more memory a helper takes than one without the
+// race detector, generously.
+const MemoryFactor = 8

@@ -65,8 +65,8 @@ func (c *Config) Run() error {
 	if err != nil {
 		return err
 	}
-	defer control.Close()
-	defer control.SendStop() // whatever the reason, unless it is gone
+	// The control stays open: accept may be sending, and the process ends.
+	defer control.SendStop() // whatever the reason, unless the server is gone
 	accepted := make(chan error, 1)
 	if name != nil {
 		if err := name.Publish(c.Log); err != nil {
