@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -66,7 +67,7 @@ func TestEveryOperation(t *testing.T) {
 	if len(r.Rows[0].Programs) != 3 || r.Rows[0].Programs[0].Ratios == nil || r.Rows[0].Programs[0].Requests != 20 {
 		t.Errorf("first row: %+v", r.Rows[0])
 	}
-	if len(r.Idle) != 2*2*2 || r.Idle[0].Resident <= 0 || !(r.Idle[0].CPU >= 0) {
+	if len(r.Idle) != 2*2*2 || r.Idle[0].PSS <= 0 || r.Idle[0].RSS < r.Idle[0].PSS || !(r.Idle[0].CPU >= 0) {
 		t.Errorf("idle: %+v", r.Idle)
 	}
 	text, err := os.ReadFile(results)
@@ -178,5 +179,61 @@ func TestMixture(t *testing.T) {
 				t.Errorf("%s: %v", o.name, err)
 			}
 		}
+	}
+}
+
+// The table has a figure in each cell, and says which operation is the worst.
+func TestTable(t *testing.T) {
+	if err := needHelper(cHelper); err != nil {
+		t.Fatal(err)
+	}
+	o, err := parseOptions([]string{"--table", "--helper", cHelper, "--rounds", "1", "--chunk", "4", "--dir", t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	r, err := run(context.Background(), o, &out)
+	if err != nil || len(r.Notes) > 0 {
+		t.Fatal(err, r.Notes)
+	}
+	measured := map[string]bool{}
+	for _, g := range tableGroups {
+		for _, op := range g.ops {
+			measured[op] = true
+		}
+	}
+	for _, o := range operations {
+		if !o.auxiliary && !measured[o.name] {
+			t.Errorf("%s is in no row", o.name)
+		}
+	}
+	var rows []string
+	for line := range strings.Lines(out.String()) {
+		if strings.HasPrefix(line, "| ") {
+			rows = append(rows, line)
+			if n := strings.Count(line, "|"); n != 6 {
+				t.Errorf("%d bars: %s", n, line)
+			}
+		}
+	}
+	if want := 2 + len(tableGroups) + 3 + 2 + 2*len(tableSparse); len(rows) != want {
+		t.Errorf("%d rows, want %d:\n%s", len(rows), want, out.String())
+	}
+}
+
+func TestWorst(t *testing.T) {
+	r := &report{}
+	for op, v := range map[string]number{"lstat": 0.9, "open": 1.1, "chmod": number(math.NaN())} {
+		r.Rows = append(r.Rows, row{Placement: "split", Connections: 1, Operation: op, Programs: []figures{{Ratios: &ratios{P50: v, Throughput: 1 / v}}}})
+	}
+	ops := []string{"chmod", "lstat", "open"}
+	if got := r.worst("split", 1, ops, 1, func(q *ratios) number { return q.P50 }); got != "1.10 open" {
+		t.Error(got)
+	}
+	if got := r.worst("split", 1, ops, -1, func(q *ratios) number { return q.Throughput }); got != "0.91 open" {
+		t.Error(got)
+	}
+	if got := r.worst("split", 64, ops, 1, func(q *ratios) number { return q.P50 }); got != "-" {
+		t.Error(got)
 	}
 }

@@ -1,16 +1,9 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"math"
-	"os"
-	"path/filepath"
 	"runtime"
-	"slices"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -69,60 +62,4 @@ func claimThread(cpu int) error {
 	var set unix.Sigset_t
 	set.Val[0] = 1 << (unix.SIGURG - 1)
 	return errors.Join(unix.PthreadSigmask(unix.SIG_BLOCK, &set, nil), pinThread(cpu))
-}
-
-// descendants returns the processes roots and all that descend from them, as
-// they are now.
-func descendants(roots []int) []int {
-	children := map[int][]int{}
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, name := range stats {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			continue // it has ended
-		}
-		// pid (comm) state ppid: comm may hold anything, but the last ) ends it
-		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
-		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(name)))
-		if ppid, err := strconv.Atoi(fields[1]); err == nil {
-			children[ppid] = append(children[ppid], pid)
-		}
-	}
-	all := slices.Clone(roots)
-	for i := 0; i < len(all); i++ {
-		all = append(all, children[all[i]]...)
-	}
-	return all
-}
-
-// cpuTime returns the CPU time in nanoseconds that the processes have used
-// until now: user and system, all threads, those that have ended too. It is
-// NaN if one of them is gone.
-func cpuTime(pids []int) float64 {
-	sum := 0.0
-	for _, pid := range pids {
-		var t unix.Timespec
-		// A process's clock is numbered so by the kernel's ABI:
-		// clock_getcpuclockid(3) computes the same.
-		if err := unix.ClockGettime(int32(^pid<<3|2), &t); err != nil {
-			return math.NaN()
-		}
-		sum += float64(t.Nano())
-	}
-	return sum
-}
-
-// residentSize returns the memory, in bytes, that is resident in the processes.
-func residentSize(pids []int) float64 {
-	pages := 0.0
-	for _, pid := range pids {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
-		fields := strings.Fields(string(text))
-		if err != nil || len(fields) < 2 {
-			return math.NaN()
-		}
-		n, _ := strconv.ParseFloat(fields[1], 64)
-		pages += n
-	}
-	return pages * float64(os.Getpagesize())
 }

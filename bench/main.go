@@ -8,9 +8,12 @@
 //
 // One request's way through the files: ops.go says what to ask, client.go asks
 // and takes the time, server.go starts those who answer (floor.go is one), run.go
-// lets them take turns, stats.go and report.go make figures of it. machine.go
-// is about CPUs and processes, scratch.go about the file system to measure on,
+// lets them take turns, stats.go and report.go make figures of it (table.go those of the README). machine.go
+// is about CPUs, neighbours.go about others on the same helper, scratch.go about the file system to measure on,
 // trace.go and record.go about recorded traffic, plot.go about the HTML page.
+//
+//	proc/  what processes cost
+//	hang/  a file system that does not answer
 package main
 
 import (
@@ -31,7 +34,7 @@ import (
 
 type options struct {
 	helper, peer, socket string
-	floor, matrix        bool
+	floor, matrix, table bool
 
 	connections []int
 	pin         []string
@@ -40,6 +43,7 @@ type options struct {
 	mix, replay string
 	sparse      []time.Duration
 	idle        time.Duration
+	hang        int
 
 	rounds, chunk, count int
 	duration             time.Duration
@@ -54,11 +58,15 @@ const usage = `Bench measures helpers for QEMU's "-fsdev proxy": it plays QEMU, 
 flight on each connection, and prints latency, throughput and CPU time.
 
   bench --peer                        every operation, ours beside the C helper
+  bench --table                       the table of the README, in some minutes
   bench --peer --ops lstat,create     two of them
   bench --peer --mix guest            what a Linux guest sends, at random
   bench --peer --replay g.trace.gz    what a guest has sent, in order; the ratio of
                                       the times is the inverse of that of req/s
   bench --peer --matrix --html p.html the whole truth, in a quarter of an hour
+  bench --hang 24 --pin split,shared  what others who hang, or flood, do to a VM
+  bench --peer --ops lstat --connections 1,64,256 --idle 5s
+                                      memory and CPU time of idle connections
   bench --record guest.trace.gz --listen NEW --socket NAME
                                       record a guest: QEMU connects to NEW, the
                                       helper listens on NAME
@@ -90,7 +98,9 @@ func parseOptions(args []string) (*options, error) {
 	f.DurationVar(&o.duration, "duration", 0, "go on with each operation for that long, instead of --rounds")
 	f.DurationSliceVar(&o.sparse, "sparse", nil, "also LSTAT with such a pause before each request, for example 2ms,20ms")
 	f.DurationVar(&o.idle, "idle", 0, "at the end, measure CPU time and memory of idle helpers for that long")
+	f.IntVar(&o.hang, "hang", 0, "compare the helper to itself: while this `number` of other connections hang in a file system that does not answer, while one sends requests without waiting for answers, and while nobody does; by default --ops lstat,open, and also how long a new client waits for its first answer")
 	f.BoolVar(&o.matrix, "matrix", false, "--connections 1,8,64 --pin split,shared,unpinned --floor --sparse 2ms,20ms --idle 5s, where not given")
+	f.BoolVar(&o.table, "table", false, "beside the C helper, measure what the README's table says, and print it as Markdown")
 	f.Uint64Var(&o.seed, "seed", 1, "of the random mixture")
 	f.StringVar(&o.dir, "dir", "", "where to make the directories to export (default: a fresh ext4 in memory)")
 	f.StringVar(&o.json, "json", "", "write the results to this `file`")
@@ -119,6 +129,17 @@ func parseOptions(args []string) (*options, error) {
 			}
 		}
 	}
+	if o.table {
+		if !f.Changed("peer") {
+			o.peer = cHelper
+		}
+		if !f.Changed("rounds") {
+			o.rounds = tableRounds
+		}
+	}
+	if o.hang > 0 && !f.Changed("ops") {
+		o.ops = []string{"lstat", "open"}
+	}
 	if o.count > 0 && o.duration > 0 {
 		return nil, errors.New("--count and --duration exclude each other")
 	}
@@ -141,8 +162,12 @@ func parseOptions(args []string) (*options, error) {
 		}
 	}
 	switch {
-	case o.rounds < 1 || o.chunk < 0 || o.count < 0 || o.duration < 0 || o.idle < 0:
-		return nil, errors.New("--rounds, --chunk, --count, --duration, --idle: want positive numbers")
+	case o.rounds < 1 || o.chunk < 0 || o.count < 0 || o.duration < 0 || o.idle < 0 || o.hang < 0:
+		return nil, errors.New("--rounds, --chunk, --count, --duration, --idle, --hang: want positive numbers")
+	case o.table && (f.Changed("connections") || f.Changed("pin") || f.Changed("ops") || f.Changed("sparse") || o.mix != "" || o.socket != "" || o.floor || o.matrix || o.hang > 0):
+		return nil, errors.New("--table goes with --helper, --peer, --replay, --rounds, --chunk, --idle, --json, --html alone")
+	case o.hang > 0 && (o.socket != "" || o.replay != "" || o.mix != "" || o.floor || o.matrix):
+		return nil, errors.New("--hang goes with --peer, --ops, --sparse, --idle; not with --socket, --replay, --mix, --floor, --matrix")
 	case (o.record != "") != (o.listen != "") || o.record != "" && o.socket == "":
 		return nil, errors.New("--record, --listen and --socket go together")
 	case o.socket != "" && (o.helper != "" || o.replay != ""):
@@ -211,17 +236,17 @@ func run(ctx context.Context, o *options, out io.Writer) (*report, error) {
 		}
 	}
 	r, tell := newReport(), newProgress()
-	for _, placement := range at {
-		for _, n := range o.connections {
-			c := cell{opts: o, at: placement, conns: n, report: r, tell: tell}
-			c.dir = filepath.Join(dir, fmt.Sprintf("%s-%d", placement.name, n))
-			if ctx.Err() == nil {
-				err = errors.Join(err, os.Mkdir(c.dir, 0o755), c.run(ctx))
+	if o.table {
+		err = table(ctx, o, dir, r, tell, out)
+	} else {
+		for _, placement := range at {
+			for _, n := range o.connections {
+				err = errors.Join(err, runCell(ctx, o, placement, n, dir, r, tell))
 			}
 		}
+		tell.end() // what was measured is worth telling, even if something went wrong
+		r.print(out)
 	}
-	tell.end() // what was measured is worth telling, even if something went wrong
-	r.print(out)
 	if o.json != "" {
 		err = errors.Join(err, r.writeJSON(o.json))
 	}

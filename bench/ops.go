@@ -159,13 +159,14 @@ func (o *operation) request(op int, dir string, i int) request {
 
 // workload says what a run of chunks consists of.
 type workload struct {
-	name   string
-	ops    []string               // of which request.op is an index
-	pause  time.Duration          // before each request
-	rounds int                    // 0: as many as the options say
-	next   func(conn int) batch   // a connection's next chunk; every program gets the same one
-	before func(p *program) error // before the first of each pass rounds, if not nil
-	pass   int
+	name     string
+	ops      []string               // of which request.op is an index
+	pause    time.Duration          // before each request
+	connects int                    // not 0: so many new clients a chunk, instead of next
+	rounds   int                    // 0: as many as the options say
+	next     func(conn int) batch   // a connection's next chunk; every program gets the same one
+	before   func(p *program) error // before the first of each pass rounds, if not nil
+	pass     int
 }
 
 // batch is one connection's part of a chunk: only timed is measured.

@@ -31,12 +31,13 @@ func (n number) text(format string) string {
 
 // report is everything that a run has found; it is what --json writes.
 type report struct {
-	Command []string `json:"command"`
-	Kernel  string   `json:"kernel"`
-	CPUs    int      `json:"cpus"`
-	Rows    []row    `json:"rows"`
-	Idle    []idle   `json:"idle,omitempty"`
-	Notes   []string `json:"notes,omitempty"`
+	Command []string    `json:"command"`
+	Kernel  string      `json:"kernel"`
+	CPUs    int         `json:"cpus"`
+	Rows    []row       `json:"rows"`
+	Idle    []idle      `json:"idle,omitempty"`
+	Floods  []floodRate `json:"floods,omitempty"`
+	Notes   []string    `json:"notes,omitempty"`
 }
 
 // row is one operation in one cell.
@@ -58,7 +59,8 @@ type figures struct {
 	P999         number       `json:"p99.9_us"`
 	Throughput   number       `json:"requests_per_second"`
 	CPU          number       `json:"cpu_us_per_request"`
-	Ratios       *ratios      `json:"ratios_to_peer,omitempty"`
+	Against      string       `json:"against,omitempty"` // the program that ratios are to
+	Ratios       *ratios      `json:"ratios,omitempty"`
 	Distribution [][2]float64 `json:"distribution"` // percent, microseconds
 }
 
@@ -68,9 +70,21 @@ type idle struct {
 	Connections   int    `json:"connections"`
 	Program       string `json:"program"`
 	Processes     int    `json:"processes"`
+	Threads       int    `json:"threads"`
 	CPU           number `json:"cpu_ms_per_second"`
-	Resident      number `json:"resident_kib"`
-	PerConnection number `json:"resident_kib_per_further_connection"`
+	RSS           number `json:"rss_kib"`
+	PSS           number `json:"pss_kib"`         // see proc.Memory
+	PageTables    number `json:"page_tables_kib"` // in neither
+	PerConnection number `json:"pss_kib_per_further_connection"`
+}
+
+// floodRate is how fast a connection was answered that asks without waiting
+// for answers.
+type floodRate struct {
+	Placement   string `json:"placement"`
+	Connections int    `json:"connections"`
+	Program     string `json:"program"`
+	Throughput  number `json:"requests_per_second"`
 }
 
 func newReport() *report {
@@ -105,28 +119,32 @@ func (r *report) print(out io.Writer) {
 	for i, row := range r.Rows {
 		if i == 0 || row.Placement != r.Rows[i-1].Placement || row.Connections != r.Rows[i-1].Connections {
 			w.Flush()
-			fmt.Fprintf(out, "\nplacement %s, connections %d; µs, and the median of the ratios to the peer's neighbouring chunk\n", row.Placement, row.Connections)
-			fmt.Fprint(w, "operation\tprogram\trequests\twrong\tp50\tp99\tp99.9\treq/s\tcpu/req\t|\tp50\tp99\treq/s\tcpu\tpairs\t\n")
+			fmt.Fprintf(out, "\nplacement %s, connections %d; µs, and the median of the ratios to a neighbouring chunk (all: ratio of p99 of all chunks)\n", row.Placement, row.Connections)
+			fmt.Fprint(w, "operation\tprogram\trequests\twrong\tp50\tp99\tp99.9\treq/s\tcpu/req\t|\tto\tp50\tp99\tall\treq/s\tcpu\tpairs\t\n")
 		}
 		for _, f := range row.Programs {
 			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t|\t", row.Operation, f.Program, f.Requests, f.Wrong,
 				f.P50.text("%.1f"), f.P99.text("%.1f"), f.P999.text("%.1f"), f.Throughput.text("%.0f"), f.CPU.text("%.2f"))
 			if q := f.Ratios; q != nil {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t\n", q.P50.text("%.2f"), q.P99.text("%.2f"), q.Throughput.text("%.2f"), q.CPU.text("%.2f"), q.Pairs)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t\n", f.Against, q.P50.text("%.2f"), q.P99.text("%.2f"), q.P99All.text("%.2f"), q.Throughput.text("%.2f"), q.CPU.text("%.2f"), q.Pairs)
 			} else {
-				fmt.Fprint(w, "\t\t\t\t\t\n")
+				fmt.Fprint(w, "\t\t\t\t\t\t\t\n")
 			}
 		}
 	}
 	w.Flush()
 	if len(r.Idle) > 0 {
-		fmt.Fprint(out, "\nidle, from a second after the last request\n")
-		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tcpu ms/s\tresident KiB\tper further connection\t\n")
+		fmt.Fprint(out, "\nidle, from a second after the last request; KiB: PSS counts what processes share once, and memory files whole\n")
+		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tthreads\tcpu ms/s\tRSS\tpage tables\tPSS\tper further connection\t\n")
 		for _, i := range r.Idle {
-			fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%s\t%s\t%s\t\n", i.Placement, i.Connections, i.Program, i.Processes,
-				i.CPU.text("%.3f"), i.Resident.text("%.0f"), i.PerConnection.text("%.1f"))
+			fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t\n", i.Placement, i.Connections, i.Program, i.Processes, i.Threads,
+				i.CPU.text("%.3f"), i.RSS.text("%.0f"), i.PageTables.text("%.0f"), i.PSS.text("%.0f"), i.PerConnection.text("%.1f"))
 		}
 		w.Flush()
+	}
+	for _, f := range r.Floods {
+		fmt.Fprintf(out, "placement %s, connections %d, %s: meanwhile the connection that floods was answered %s requests a second\n",
+			f.Placement, f.Connections, f.Program, f.Throughput.text("%.0f"))
 	}
 	for _, note := range r.Notes {
 		fmt.Fprintln(out, note)

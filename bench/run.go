@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -9,8 +10,10 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 
+	"virtfs-proxy-helper/bench/proc"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -30,9 +33,21 @@ type cell struct {
 	running []*program // ours, then the peer and the floor if there are
 }
 
+// runCell measures n connections at a placement, unless ctx is done.
+func runCell(ctx context.Context, o *options, at placement, n int, dir string, r *report, tell *progress) error {
+	c := cell{opts: o, at: at, conns: n, report: r, tell: tell, dir: filepath.Join(dir, fmt.Sprintf("%s-%d", at.name, n))}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err := os.MkdirAll(c.dir, 0o755); err != nil {
+		return err
+	}
+	return c.run(ctx)
+}
+
 // run measures one cell and adds what it finds to the report.
 func (c *cell) run(ctx context.Context) (err error) {
-	runtime.GOMAXPROCS(c.conns + 4) // clients hold theirs while they block
+	runtime.GOMAXPROCS(c.conns + 6) // clients hold theirs while they block
 	debug.SetGCPercent(-1)          // collected by hand, between chunks
 	dirs := make([]string, c.conns)
 	for i := range dirs {
@@ -43,6 +58,10 @@ func (c *cell) run(ctx context.Context) (err error) {
 			if !p.isFloor && err == nil && c.opts.replay == "" {
 				_, _, err = p.exchange(func(i int) []request { _, down := fixtures(dirs[i]); return down }, 0, false)
 			}
+			if f := p.others.flood; f != nil && f.seconds > 0 {
+				c.report.Floods = append(c.report.Floods, floodRate{c.at.name, c.conns, p.name, number(f.answered / f.seconds)})
+			}
+			err = errors.Join(err, p.others.leave())
 			p.stop()
 		}
 	}()
@@ -54,7 +73,7 @@ func (c *cell) run(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
-		p.pids = descendants(p.roots)
+		p.pids = proc.Descendants(p.roots)
 		if p.isFloor || c.opts.replay != "" {
 			continue
 		}
@@ -83,22 +102,40 @@ func (c *cell) run(ctx context.Context) (err error) {
 // launches lists what to start, ours first.
 func (c *cell) launches() (list []launch) {
 	o := c.opts
-	add := func(name, path string, perClient bool, args ...string) {
-		export := filepath.Join(c.dir, name)
+	add := func(name, path string, perClient bool, args ...string) *launch {
+		export := filepath.Join(c.dir, strings.ReplaceAll(name, " ", "-"))
 		list = append(list, launch{name: name, path: path, args: args, perClient: perClient,
 			export: export, connections: c.conns, at: c.at})
+		return &list[len(list)-1]
+	}
+	if o.hang > 0 {
+		add("calm", o.helper, false).neighbours = o.hang
+		hung := add("hung", o.helper, false)
+		hung.neighbours, hung.hang, hung.against = o.hang, true, "calm"
+		flooded := add("flooded", o.helper, false)
+		flooded.neighbours, flooded.flood, flooded.against = o.hang, true, "calm"
+		if o.peer != "" {
+			add("peer", o.peer, true)
+			flooded := add("peer flooded", o.peer, true)
+			flooded.flood, flooded.against = true, "peer"
+		}
+		return list
+	}
+	against := ""
+	if o.peer != "" {
+		against = "peer"
 	}
 	if o.socket != "" {
-		list = append(list, launch{name: "ours", socket: o.socket, connections: c.conns, at: c.at})
+		list = append(list, launch{name: "ours", socket: o.socket, connections: c.conns, at: c.at, against: against})
 	} else {
-		add("ours", o.helper, o.helper == o.peer || o.helper == cHelper)
+		add("ours", o.helper, o.helper == o.peer || o.helper == cHelper).against = against
 	}
 	if o.peer != "" {
 		add("peer", o.peer, true)
 	}
 	if o.floor {
 		self, _ := os.Executable()
-		add("floor", self, true, floorArg)
+		add("floor", self, true, floorArg).against = against
 	}
 	return list
 }
@@ -133,13 +170,18 @@ func (c *cell) workloads(dirs []string) (list []workload, err error) {
 		w.rounds = rounds
 		list = append(list, w)
 	}
+	if o.hang > 0 {
+		list = append(list, workload{name: "connect", ops: []string{"connect"}, connects: min(size, 64), rounds: rounds})
+	}
 	for _, pause := range o.sparse {
-		w := mixture(fmt.Sprintf("lstat every %v", pause), []weighted{{0, 1}}, 24, dirs, o.seed)
+		w := mixture(sparseName(pause), []weighted{{0, 1}}, 24, dirs, o.seed)
 		w.pause = pause
 		list = append(list, w)
 	}
 	return list, nil
 }
+
+func sparseName(pause time.Duration) string { return fmt.Sprintf("lstat every %v", pause) }
 
 // more tells whether a workload needs another round.
 func (c *cell) more(w *workload, round int, since time.Time) bool {
@@ -158,7 +200,7 @@ func (c *cell) more(w *workload, round int, since time.Time) bool {
 func (c *cell) measure(ctx context.Context, w *workload) error {
 	var running []*program
 	for _, p := range c.running {
-		if !p.isFloor || w.name == "lstat" {
+		if (!p.isFloor || w.name == "lstat") && (w.connects == 0 || p.socket != "") {
 			running = append(running, p)
 		}
 	}
@@ -171,6 +213,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 			results[p] = append(results[p], newSeries())
 		}
 		wrong[p], _ = p.wrong()
+		p.pids = proc.Descendants(p.roots)
 	}
 	// The first round warms up, except in a replay, which can't be repeated.
 	round := -1
@@ -183,7 +226,9 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 		}
 		batches := make([]batch, c.conns)
 		for i := range batches {
-			batches[i] = w.next(i)
+			if w.connects == 0 {
+				batches[i] = w.next(i)
+			}
 		}
 		order := slices.Clone(running)
 		if round%2 != 0 {
@@ -199,7 +244,7 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 					return err
 				}
 			}
-			wall, cpu, elapsed, err := c.turn(p, batches, w.pause)
+			wall, cpu, elapsed, err := c.turn(p, w, batches)
 			if err != nil {
 				return err
 			}
@@ -223,6 +268,9 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 		n, first := p.wrong()
 		wrong[p] = n - wrong[p]
 		c.report.note(wrong[p], p.name, w.name, first)
+		if now := proc.Descendants(p.roots); !slices.Equal(now, p.pids) {
+			c.report.Notes = append(c.report.Notes, fmt.Sprintf("%s: %s: the CPU time is not all: there were processes %v, now there are %v", p.name, w.name, p.pids, now))
+		}
 	}
 	c.conclude(w, running, results, wrong)
 	return nil
@@ -232,7 +280,6 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 // where there are several, one for all of them.
 func (c *cell) conclude(w *workload, running []*program, results map[*program][]*series, wrong map[*program]int) {
 	names := append(slices.Clone(w.ops), w.name)
-	peer := slices.IndexFunc(running, func(p *program) bool { return p.name == "peer" })
 	for op, name := range names {
 		if len(w.ops) == 1 && op == 0 || results[running[0]][op].latency.TotalCount() == 0 {
 			continue
@@ -240,8 +287,8 @@ func (c *cell) conclude(w *workload, running []*program, results map[*program][]
 		row := row{Placement: c.at.name, Connections: c.conns, Workload: w.name, Operation: name}
 		for _, p := range running {
 			f := newFigures(p.name, results[p][op], wrong[p])
-			if peer >= 0 && p.name != "peer" {
-				f.Ratios = compare(results[p][op], results[running[peer]][op])
+			if i := slices.IndexFunc(running, func(q *program) bool { return q.name == p.against }); i >= 0 {
+				f.Against, f.Ratios = p.against, compare(results[p][op], results[running[i]][op])
 			}
 			row.Programs = append(row.Programs, f)
 		}
@@ -252,7 +299,22 @@ func (c *cell) conclude(w *workload, running []*program, results map[*program][]
 // turn is one program's chunk: what it needs beforehand, what is measured, and
 // what has to be cleared up after it. It returns the duration, the CPU time of
 // the processes and each client's latencies, all in nanoseconds.
-func (c *cell) turn(p *program, batches []batch, pause time.Duration) (wall, cpu float64, elapsed [][]int64, err error) {
+func (c *cell) turn(p *program, w *workload, batches []batch) (wall, cpu float64, elapsed [][]int64, err error) {
+	if f := p.others.flood; f != nil {
+		f.start()
+		defer func() {
+			if e := f.stop(); e != nil {
+				err = errors.Join(err, fmt.Errorf("%s, the connection that floods: %w%s", p.name, e, p.said()))
+			}
+			cpu = math.NaN() // the flood's, too
+		}()
+	}
+	if w.connects > 0 {
+		elapsed = make([][]int64, len(batches))
+		wall, cpu, elapsed[0], err = c.connects(p, w.connects)
+		return
+	}
+	pause := w.pause
 	before := func(i int) []request {
 		if pause > 0 {
 			return nil
@@ -267,23 +329,29 @@ func (c *cell) turn(p *program, batches []batch, pause time.Duration) (wall, cpu
 	if _, _, err = p.exchange(before, 0, false); err != nil {
 		return
 	}
-	start := cpuTime(p.pids)
+	settle()
+	start := proc.CPUTime(p.pids)
 	wall, elapsed, err = p.exchange(func(i int) []request { return batches[i].timed }, pause, true)
 	if err != nil {
 		return
 	}
-	cpu = cpuTime(p.pids) - start
+	settle()
+	cpu = proc.CPUTime(p.pids) - start
 	_, _, err = p.exchange(after, 0, false)
 	return
 }
+
+// settle waits until servers have stopped polling for the next request and
+// wait for it, so that proc.CPUTime knows all that they have used.
+func settle() { time.Sleep(500 * time.Microsecond) }
 
 var touchRoot = []request{{
 	frame: (&codec.Request{Path: codec.CString("/\x00")}).Append(nil, codec.Lstat),
 	typ:   codec.Lstat, size: codec.StatSize,
 }}
 
-// rest measures what the programs cost while no request comes. It begins a
-// second after the last one.
+// rest measures what the programs cost while no request comes, after they have
+// been used. It begins a second after the last request.
 func (c *cell) rest(ctx context.Context) error {
 	c.tell.say("%s, %d connections: idle for %v", c.at.name, c.conns, c.opts.idle)
 	sleep := func(d time.Duration) {
@@ -295,18 +363,21 @@ func (c *cell) rest(ctx context.Context) error {
 	sleep(time.Second)
 	before := map[*program]float64{}
 	for _, p := range c.running {
-		before[p] = cpuTime(p.pids)
+		p.pids = proc.Descendants(p.roots)
+		before[p] = proc.CPUTime(p.pids)
 	}
 	sleep(c.opts.idle)
 	for _, p := range c.running {
 		if p.isFloor {
 			continue
 		}
-		size := residentSize(p.pids)
+		cpu := proc.CPUTime(p.pids) - before[p]
+		m := proc.MemoryOf(p.pids)
 		c.report.Idle = append(c.report.Idle, idle{
-			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(p.pids),
-			CPU:      number((cpuTime(p.pids) - before[p]) / 1e6 / c.opts.idle.Seconds()),
-			Resident: number(size / 1024), PerConnection: number((size - p.first) / 1024 / float64(c.conns-1)), // not a number for one
+			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(p.pids), Threads: m.Threads,
+			CPU: number(cpu / 1e6 / c.opts.idle.Seconds()),
+			RSS: number(m.RSS / 1024), PSS: number(m.PSS / 1024), PageTables: number(m.PageTables / 1024),
+			PerConnection: number((m.PSS - p.first) / 1024 / float64(c.conns-1)), // not a number for one
 		})
 	}
 	return ctx.Err()

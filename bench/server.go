@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -16,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/proc"
 )
 
 // cHelper is where Debian puts the C helper.
@@ -37,8 +40,11 @@ type program struct {
 	pids    []int  // of all serving processes: those and their descendants
 	cmds    []*exec.Cmd
 	clients []*client
+	others  neighbours
+	socket  string // that it listens on, if it does
+	against string // the program that it is compared to
 	isFloor bool
-	first   float64 // bytes resident with one connection, after some traffic
+	first   float64 // bytes of memory with one connection, after some traffic
 }
 
 // launch is how a program gets its processes and connections.
@@ -51,13 +57,21 @@ type launch struct {
 	export      string // directory to make and serve
 	connections int
 	at          placement
+	against     string
+	neighbours  int  // connections beside those, that are not measured
+	hang        bool // have them hang
+	flood       bool // and one more that floods
 }
 
 // start runs what l says and connects to it. The program is to be stopped even
 // if start fails.
 func start(l launch) (p *program, err error) {
-	p = &program{name: l.name, export: l.export}
+	p = &program{name: l.name, export: l.export, against: l.against}
 	connect := func(fd int) {
+		if len(p.clients) == l.connections { // those are complete
+			p.others.flood = &flood{fd: fd, cpu: l.at.client}
+			return
+		}
 		stagger := time.Duration(len(p.clients)) * time.Millisecond
 		p.clients = append(p.clients, newClient(fd, l.at.client, stagger))
 	}
@@ -66,11 +80,20 @@ func start(l launch) (p *program, err error) {
 			return p, err
 		}
 	}
+	if l.hang {
+		if err := os.Mkdir(filepath.Join(l.export, hangDir), 0o755); err != nil {
+			return p, err
+		}
+	}
+	connections := l.connections
+	if l.flood {
+		connections++
+	}
 	socket := l.socket
 	switch {
 	case l.path == "":
-	case l.perClient || l.connections == 1:
-		for range l.connections {
+	case l.perClient || connections+l.neighbours == 1:
+		for range connections {
 			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			if err != nil {
 				return p, err
@@ -89,11 +112,12 @@ func start(l launch) (p *program, err error) {
 		return p, nil
 	default:
 		socket = l.export + ".socket"
+		p.socket = socket
 		if err := p.exec(l.path, append(l.args, "-n", "-p", l.export, "-s", socket, "-u", "0", "-g", "0"), nil, l.at.server); err != nil {
 			return p, err
 		}
 	}
-	for range l.connections {
+	for range connections {
 		fd, err := dial(socket, 5*time.Second)
 		if err != nil {
 			return p, fmt.Errorf("%s: %w%s", l.name, err, p.said())
@@ -110,6 +134,18 @@ func start(l launch) (p *program, err error) {
 			return p, err
 		}
 	}
+	for range l.neighbours {
+		fd, err := dial(socket, 5*time.Second)
+		if err != nil {
+			return p, fmt.Errorf("%s: %w%s", l.name, err, p.said())
+		}
+		p.others.fds = append(p.others.fds, fd)
+	}
+	if l.hang {
+		if err := p.others.hangThem(l.export); err != nil {
+			return p, fmt.Errorf("%s: %w%s", l.name, err, p.said())
+		}
+	}
 	return p, nil
 }
 
@@ -119,7 +155,7 @@ func (p *program) weighFirst() error {
 		return nil
 	}
 	_, _, err := p.exchange(func(int) []request { return slices.Repeat(touchRoot, 1000) }, 0, false)
-	p.first = residentSize(descendants(p.roots))
+	p.first = proc.MemoryOf(proc.Descendants(p.roots)).PSS
 	return err
 }
 
@@ -137,22 +173,38 @@ func (p *program) exec(path string, args []string, file *os.File, cpu int) error
 	if file != nil {
 		cmd.ExtraFiles = []*os.File{file}
 	}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var before unix.CPUSet
-	if err = unix.SchedGetaffinity(0, &before); err == nil {
-		err = pinThread(cpu)
+	started := make(chan error)
+	starter() <- func() {
+		var before unix.CPUSet
+		err := unix.SchedGetaffinity(0, &before)
+		if err == nil {
+			err = pinThread(cpu)
+		}
+		if err == nil {
+			err = cmd.Start()
+		}
+		started <- errors.Join(err, unix.SchedSetaffinity(0, &before))
 	}
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err = errors.Join(err, unix.SchedSetaffinity(0, &before)); err != nil {
+	if err := <-started; err != nil {
 		return err
 	}
 	p.cmds = append(p.cmds, cmd)
 	p.roots = append(p.roots, cmd.Process.Pid)
 	return nil
 }
+
+// starter runs functions on a thread that never ends: what Pdeathsig waits for
+// is the death of the thread that has started the process.
+var starter = sync.OnceValue(func() chan<- func() {
+	work := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range work {
+			f()
+		}
+	}()
+	return work
+})
 
 // dial connects to a name that may appear only in a moment.
 func dial(name string, patience time.Duration) (fd int, err error) {

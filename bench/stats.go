@@ -71,15 +71,21 @@ func median(values []float64) float64 {
 	return (values[(n-1)/2] + values[n/2]) / 2
 }
 
-// ratios compares a program to its peer. Each ratio is the median of the
-// ratios of chunks that ran one right after the other, so that a machine whose
-// speed drifts slows down both sides of each.
+// ratios compares a program to another. Each ratio is the median of the ratios
+// of chunks that ran in the same round, one right after the other, so that a
+// machine whose speed drifts slows down both sides of each.
+//
+// That median does not see what happens in fewer than half of the chunks,
+// which the 99th percentile is about, too: a pause once a second, for example.
+// So there is another ratio, of the percentiles of all chunks together. It
+// sees such things, and others who had the machine for a moment as well.
 type ratios struct {
 	P50        number `json:"p50"`
 	P99        number `json:"p99"`
+	P99All     number `json:"p99_all"`
 	Throughput number `json:"throughput"`
 	CPU        number `json:"cpu"`
-	Pairs      int    `json:"pairs"`
+	Pairs      int    `json:"pairs"` // the fewest that one of the medians is of
 }
 
 func compare(s, peer *series) *ratios {
@@ -91,12 +97,18 @@ func compare(s, peer *series) *ratios {
 				r = append(r, v)
 			}
 		}
-		q.Pairs = max(q.Pairs, len(r))
+		if len(r) > 0 && (q.Pairs == 0 || len(r) < q.Pairs) {
+			q.Pairs = len(r)
+		}
 		return number(median(r))
 	}
 	q.P50 = of(func(c chunk) float64 { return c.p50 })
 	q.P99 = of(func(c chunk) float64 { return c.p99 })
 	q.Throughput = of(func(c chunk) float64 { return c.throughput })
 	q.CPU = of(func(c chunk) float64 { return c.cpu })
+	q.P99All = number(math.NaN())
+	if min(s.latency.TotalCount(), peer.latency.TotalCount()) >= 100 {
+		q.P99All = number(float64(s.latency.ValueAtQuantile(99)) / float64(peer.latency.ValueAtQuantile(99)))
+	}
 	return q
 }

@@ -71,3 +71,46 @@ func TestCompareTooFew(t *testing.T) {
 		t.Errorf("of two values: %+v", q)
 	}
 }
+
+// A pause that comes in every third chunk is in no chunk's ratio that the
+// median takes, but in that of all of them.
+func TestCompareRarePauses(t *testing.T) {
+	ours, peer := newSeries(), newSeries()
+	for i := range 21 {
+		add := func(s *series, pauses bool) {
+			latencies := make([]int64, 1000)
+			for j := range latencies {
+				latencies[j] = 10_000
+				if pauses && j < 40 {
+					latencies[j] = 50_000
+				}
+			}
+			s.add(latencies, 1e7, 1e7)
+		}
+		add(ours, i%3 == 0)
+		add(peer, false)
+	}
+	q := compare(ours, peer)
+	if q.P99 != 1 || q.P99All < 4.9 || q.P99All > 5.1 || q.Pairs != 21 {
+		t.Errorf("%+v", q)
+	}
+}
+
+// Pairs counts those of the ratio that has the fewest.
+func TestComparePairs(t *testing.T) {
+	ours, peer := newSeries(), newSeries()
+	for i := range 9 {
+		latencies := make([]int64, 50)
+		if i < 4 {
+			latencies = make([]int64, 200)
+		}
+		for j := range latencies {
+			latencies[j] = 1000
+		}
+		ours.add(latencies, 1e6, 1e6)
+		peer.add(latencies, 1e6, 1e6)
+	}
+	if q := compare(ours, peer); q.Pairs != 4 {
+		t.Errorf("%+v", q)
+	}
+}

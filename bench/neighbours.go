@@ -1,0 +1,225 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/hang"
+	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/codec"
+)
+
+// What others do on the same helper while connections are measured (--hang):
+//
+//	calm     they are there, and idle
+//	hung     each waits for a file system that does not answer
+//	flooded  they are idle, but for one more that asks without waiting for answers
+//
+// The first is what the others are compared to.
+
+// patience bounds what is not measured and has no watchdog.
+const patience = 30 * time.Second
+
+// hangDir is where in its export a program has the file system that hangs.
+const hangDir = "hang"
+
+// neighbours are a program's connections that are not measured.
+type neighbours struct {
+	fds   []int
+	fs    *hang.FS // nil unless they hang
+	flood *flood   // nil unless one floods
+}
+
+// hangThem has each neighbour ask for a file that never answers, and returns
+// when all hang in the file system.
+func (n *neighbours) hangThem(export string) (err error) {
+	if n.fs, err = hang.Mount(filepath.Join(export, hangDir)); err != nil {
+		return err
+	}
+	for i, fd := range n.fds {
+		q := codec.Request{Path: codec.CString("//" + hangDir + "/" + strconv.Itoa(i) + "\x00")}
+		if _, err := unix.Write(fd, q.Append(nil, codec.Lstat)); err != nil {
+			return err
+		}
+	}
+	for deadline := time.Now().Add(patience); n.fs.Waiting() < len(n.fds); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d of %d requests hang: see --workers of the helper", n.fs.Waiting(), len(n.fds))
+		}
+	}
+	return nil
+}
+
+// leave releases those who hang, who must then be answered, and closes the
+// connections.
+func (n *neighbours) leave() (err error) {
+	if n.fs != nil {
+		hung := n.fs.Waiting()
+		err = n.fs.Close()
+		for i, fd := range n.fds[:min(hung, len(n.fds))] {
+			answer := make([]byte, codec.HeaderSize+codec.StatSize)
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience.Seconds())})
+			got, e := unix.Read(fd, answer)
+			if a, size := codec.ParseAnswer(codec.Lstat, answer[:max(got, 0)]); size <= 0 || a.Errno == 0 {
+				err = errors.Join(err, fmt.Errorf("released, request %d of %d that hung is answered %x, %v", i, hung, answer[:max(got, 0)], e))
+				break
+			}
+		}
+	}
+	for _, fd := range n.fds {
+		unix.Close(fd)
+	}
+	if n.flood != nil {
+		unix.Close(n.flood.fd)
+	}
+	*n = neighbours{}
+	return err
+}
+
+// flood is a connection that sends LSTATs as fast as the socket takes them,
+// while another thread reads the answers.
+type flood struct {
+	fd, cpu  int
+	stopping atomic.Bool
+	total    atomic.Int64 // requests sent, once the last are about to be; else 0
+	ended    chan error   // one of each thread
+
+	answered float64 // requests, and the seconds that they took, of all floods
+	seconds  float64
+	began    time.Time
+}
+
+const floodBatch = 64
+
+func (f *flood) start() {
+	unix.SetsockoptTimeval(f.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience.Seconds())})
+	f.stopping.Store(false)
+	f.total.Store(0)
+	f.ended = make(chan error, 2)
+	f.began = time.Now()
+	var frames []byte
+	for range floodBatch {
+		frames = append(frames, touchRoot[0].frame...)
+	}
+	go func() { f.ended <- f.send(frames) }()
+	go func() { f.ended <- f.receive() }()
+}
+
+// send ends with a batch of which receive knows that it is the last.
+func (f *flood) send(frames []byte) error {
+	if err := claimThread(f.cpu); err != nil {
+		return err
+	}
+	for sent := int64(floodBatch); ; sent += floodBatch {
+		last := f.stopping.Load()
+		if last {
+			f.total.Store(sent)
+		}
+		for rest := frames; len(rest) > 0; {
+			n, err := unix.Write(f.fd, rest)
+			if err != nil && err != unix.EINTR {
+				return err
+			}
+			rest = rest[max(n, 0):]
+		}
+		if last {
+			return nil
+		}
+	}
+}
+
+func (f *flood) receive() error {
+	if err := claimThread(f.cpu); err != nil {
+		return err
+	}
+	const size = codec.HeaderSize + codec.StatSize
+	buf := make([]byte, 1<<16)
+	for bytes := int64(0); ; {
+		n, err := unix.Read(f.fd, buf)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return unix.ECONNRESET
+		}
+		bytes += int64(n)
+		if total := f.total.Load(); total > 0 && bytes >= total*size {
+			f.answered += float64(total)
+			if bytes > total*size {
+				return fmt.Errorf("%d requests are answered with %d bytes", total, bytes)
+			}
+			return nil
+		}
+	}
+}
+
+// stop returns when every request is answered.
+func (f *flood) stop() error {
+	f.stopping.Store(true)
+	err := errors.Join(<-f.ended, <-f.ended)
+	f.seconds += time.Since(f.began).Seconds()
+	return err
+}
+
+// connects is a chunk of new clients, one after the other: the time that each
+// takes from connecting to its first answer.
+func (c *cell) connects(p *program, n int) (wall, cpu float64, elapsed []int64, err error) {
+	done := make(chan struct{})
+	go func() { // on a thread that ends
+		defer close(done)
+		if err = claimThread(c.at.client); err != nil {
+			return
+		}
+		settle()
+		start, began := proc.CPUTime(p.pids), nanotime()
+		for len(elapsed) < n && err == nil {
+			var ns int64
+			if ns, err = connectOnce(p.socket); err == nil {
+				elapsed = append(elapsed, ns)
+			}
+		}
+		wall = float64(nanotime() - began)
+		settle()
+		cpu = proc.CPUTime(p.pids) - start
+	}()
+	<-done
+	return
+}
+
+func connectOnce(name string) (elapsed int64, err error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	timeout := unix.Timeval{Sec: int64(patience.Seconds())}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+		return 0, err
+	}
+	address := &unix.SockaddrUnix{Name: name}
+	frame := touchRoot[0].frame
+	var answer [codec.HeaderSize + codec.StatSize]byte
+	began := nanotime()
+	if err := unix.Connect(fd, address); err != nil {
+		return 0, fmt.Errorf("connecting to %s: %w", name, err)
+	}
+	_, _, e := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&frame[0])), uintptr(len(frame)))
+	if e != 0 {
+		return 0, e
+	}
+	n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&answer[0])), uintptr(len(answer)))
+	elapsed = nanotime() - began
+	if e != 0 || int(n) != len(answer) {
+		return 0, fmt.Errorf("a new client is answered %d bytes: %w", n, e)
+	}
+	return elapsed, nil
+}
