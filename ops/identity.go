@@ -9,49 +9,74 @@ import (
 	"virtfs-proxy-helper/ops/confine"
 )
 
-// become makes this thread create files as uid:gid, until revert: effective
-// ids, which the file system ids follow, and of the capabilities
-// CAP_DAC_OVERRIDE alone, as the guest has checked permissions already. 0:0
-// is what every thread is anyway: it keeps all that the process has.
+// as runs do, which makes a file, with this thread as uid:gid: effective ids,
+// which the file system ids follow, and of the capabilities at most
+// CAP_DAC_OVERRIDE, as the guest has checked permissions already. 0:0 is what
+// every thread is anyway: it keeps all that the process has.
 //
-// The calls are raw ones: identity belongs to a thread, and the C library's
-// (and Go's) setters change all of them. The goroutine is locked to its
-// thread meanwhile, which also keeps the runtime from cloning new threads,
-// and with them the identity, from this one.
-func (c *Call) become(uid, gid uint32) unix.Errno {
+// A uid other than 0 takes all capabilities away. Most files are made where
+// their owner may write, so CAP_DAC_OVERRIDE comes back only if do fails for
+// the want of it; do has made nothing then.
+func (c *Call) as(uid, gid uint32, do func() unix.Errno) unix.Errno {
 	const invalid = ^uint32(0)
-	if uid == invalid || gid == invalid {
+	switch {
+	case uid == invalid || gid == invalid:
 		return unix.EINVAL
+	case uid == 0 && gid == 0:
+		return do()
 	}
-	if uid == 0 && gid == 0 {
-		return 0
+	errno := c.become(uid, gid)
+	if errno == 0 {
+		if errno = do(); errno == unix.EACCES && uid != 0 {
+			if errno = capset(&createCaps); errno == 0 {
+				errno = do()
+			}
+		}
 	}
+	c.revert(uid, gid)
+	return errno
+}
+
+// become switches this thread to uid:gid. The calls are raw ones: identity
+// belongs to a thread, and the C library's (and Go's) setters change all of
+// them. The goroutine is locked to its thread until revert, which also keeps
+// the runtime from cloning new threads, and with them the identity, from this
+// one.
+func (c *Call) become(uid, gid uint32) (errno unix.Errno) {
 	runtime.LockOSThread()
 	c.switched = true
-	errno := setegid(gid)
-	if errno == 0 {
-		errno = seteuid(uid)
+	c.uid = uid
+	if gid != 0 {
+		errno = setegid(gid)
 	}
-	if errno == 0 {
+	switch {
+	case errno != 0:
+	case uid != 0:
+		errno = seteuid(uid) // and the kernel empties the effective set
+	default:
 		errno = capset(&createCaps)
-	}
-	if errno != 0 {
-		c.revert()
 	}
 	return errno
 }
 
 // revert takes become back. The real ids are 0, so it needs no capability. If
 // it fails all the same, the thread is lost to further requests.
-func (c *Call) revert() {
-	if !c.switched {
-		return
+func (c *Call) revert(uid, gid uint32) {
+	var errno unix.Errno
+	if uid != 0 {
+		errno = seteuid(0) // and the kernel makes the permitted set effective
+	} else {
+		errno = capset(&allCaps)
 	}
-	if seteuid(0) != 0 || setegid(0) != 0 || capset(&allCaps) != 0 {
+	if errno == 0 && gid != 0 {
+		errno = setegid(0)
+	}
+	if errno != 0 {
 		c.Stray = true
 		return
 	}
 	c.switched = false
+	c.uid = 0
 	runtime.UnlockOSThread()
 }
 

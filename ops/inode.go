@@ -2,6 +2,7 @@ package ops
 
 import (
 	"encoding/binary"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -15,6 +16,10 @@ func (fs *FS) lstat(c *Call) unix.Errno {
 		return errno
 	}
 	if errno = fstatat(at.dir, at.name, &c.stat, unix.AT_SYMLINK_NOFOLLOW); errno == 0 {
+		if fs.translates {
+			c.stat.Uid, _ = fs.uids.guest(c.stat.Uid)
+			c.stat.Gid, _ = fs.gids.guest(c.stat.Gid)
+		}
 		c.Out = codec.AppendStat(c.Out, &c.stat)
 	}
 	at.close()
@@ -95,9 +100,10 @@ func (fs *FS) utime(c *Call) unix.Errno {
 // files and directories is opened: ENXIO for a socket, ENOTTY for FIFOs and
 // devices.
 //
-// It is a quarter of a guest's requests, and open, ioctl and close cost three
-// times a stat. Where probeVersions saw that the file handle holds the
-// generation, nothing is opened at all.
+// It is a quarter of a guest's requests, and open, ioctl and close cost two and
+// a half times a stat. Where probeVersions saw that the file handle holds the
+// generation, nothing is opened at all; and what the handle does not tell, the
+// file's type, is looked at once for each inode: it never changes.
 func (fs *FS) getversion(c *Call) unix.Errno {
 	version, errno := fs.version(c, c.req.Path)
 	if errno == 0 {
@@ -112,6 +118,10 @@ func (fs *FS) version(c *Call, path codec.CString) (uint32, unix.Errno) {
 		return 0, errno
 	}
 	defer at.close()
+	byHandle := fs.handles && c.versionByHandle(at) && c.mount == fs.mount
+	if byHandle && fs.openable.has(c.inode) {
+		return c.inode.generation, 0
+	}
 	if errno = fstatat(at.dir, at.name, &c.stat, 0); errno != 0 {
 		return 0, errno
 	}
@@ -122,12 +132,31 @@ func (fs *FS) version(c *Call, path codec.CString) (uint32, unix.Errno) {
 	default:
 		return 0, unix.ENOTTY
 	}
-	if fs.handles {
-		if version, ok := c.versionByHandle(at); ok && c.mount == fs.mount {
-			return version, 0
-		}
+	if byHandle && c.stat.Ino == uint64(c.inode.number) { // not exchanged in between
+		fs.openable.add(c.inode)
+		return c.inode.generation, 0
 	}
 	return fs.versionByIoctl(c, path)
+}
+
+// inode is one for good: a number is used again, with another generation.
+type inode struct{ number, generation uint32 }
+
+// inodeSet remembers some inodes. It forgets one when another needs its place.
+type inodeSet [8192]atomic.Uint64
+
+func (s *inodeSet) place(i inode) (at *atomic.Uint64, value uint64) {
+	return &s[i.number%uint32(len(s))], uint64(i.number)<<32 | uint64(i.generation)
+}
+
+func (s *inodeSet) has(i inode) bool {
+	at, value := s.place(i)
+	return at.Load() == value
+}
+
+func (s *inodeSet) add(i inode) {
+	at, value := s.place(i)
+	at.Store(value)
 }
 
 func (fs *FS) versionByIoctl(c *Call, path codec.CString) (uint32, unix.Errno) {
@@ -150,16 +179,17 @@ type fileHandle struct {
 
 // versionByHandle takes the inode's generation from its file handle, where
 // that has the layout of FILEID_INO32_GEN: u32 inode, u32 generation (ext2 to
-// ext4, xfs with 32-bit inodes). It leaves the mount's number in c.mount.
-func (c *Call) versionByHandle(at place) (version uint32, ok bool) {
+// ext4, xfs with 32-bit inodes). It fills in c.inode and c.mount.
+func (c *Call) versionByHandle(at place) bool {
 	const fileidIno32Gen = 1
 	h := &c.handle
 	h.size = uint32(len(h.data))
 	errno := nameToHandleAt(at.dir, at.name, h, &c.mount, unix.AT_SYMLINK_FOLLOW)
 	if errno != 0 || h.kind != fileidIno32Gen || h.size != 8 {
-		return 0, false
+		return false
 	}
-	return binary.NativeEndian.Uint32(h.data[4:]), true
+	c.inode = inode{binary.NativeEndian.Uint32(h.data[:]), binary.NativeEndian.Uint32(h.data[4:])}
+	return true
 }
 
 // probeVersions finds out how GETVERSION is answered. Like the C helper it
@@ -185,7 +215,7 @@ func (fs *FS) probeVersions() error {
 	if errno != 0 {
 		return nil // each request is told the same
 	}
-	got, ok := c.versionByHandle(place{unix.AT_FDCWD, root.Pointer()})
-	fs.handles, fs.mount = ok && got == want, c.mount
+	fs.handles = c.versionByHandle(place{unix.AT_FDCWD, root.Pointer()}) && c.inode.generation == want
+	fs.mount = c.mount
 	return nil
 }

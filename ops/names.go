@@ -27,17 +27,14 @@ func (fs *FS) symlink(c *Call) unix.Errno {
 
 // make runs a system call that makes the name c.req.Path as its owner to be.
 func (c *Call) make(do func(place) unix.Errno) unix.Errno {
-	errno := c.become(c.req.UID, c.req.GID)
-	if errno != 0 {
-		return errno
-	}
-	at, errno := locate(c.req.Path)
-	if errno == 0 {
-		errno = do(at)
-		at.close()
-	}
-	c.revert()
-	return errno
+	return c.as(c.req.UID, c.req.GID, func() unix.Errno {
+		at, errno := locate(c.req.Path)
+		if errno != 0 {
+			return errno
+		}
+		defer at.close()
+		return do(at)
+	})
 }
 
 // link serves LINK: s old, s new; link(old, new), which does not follow old.

@@ -11,6 +11,9 @@ import (
 // maxLinks is how many symbolic links a path may go through, as in Linux.
 const maxLinks = 40
 
+// tmpfile is what O_TMPFILE has beside O_DIRECTORY.
+const tmpfile = unix.O_TMPFILE &^ unix.O_DIRECTORY
+
 // open serves OPEN: s path, d flags; open(path, flags), which follows links.
 // Flags are as given: O_CREAT (the mode is 0), O_PATH, O_TMPFILE and access
 // mode 3 work. ENXIO for all but regular files and directories.
@@ -22,12 +25,7 @@ func (fs *FS) open(c *Call) unix.Errno {
 // flags, mode) as uid:gid. Without O_CREAT in the flags it is an OPEN as
 // uid:gid.
 func (fs *FS) create(c *Call) unix.Errno {
-	if errno := c.become(c.req.UID, c.req.GID); errno != 0 {
-		return errno
-	}
-	errno := fs.openAny(c, c.req.Mode)
-	c.revert()
-	return errno
+	return c.as(c.req.UID, c.req.GID, func() unix.Errno { return fs.openAny(c, c.req.Mode) })
 }
 
 // openAny sets c.FD. A file is created only where there is none (O_EXCL), and
@@ -41,12 +39,12 @@ func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
 	case flags&(unix.O_CREAT|unix.O_DIRECTORY) == unix.O_DIRECTORY:
 		// The kernel itself opens nothing but directories, or an unnamed
 		// file in one (O_TMPFILE). Half of a guest's OPENs are these.
-		return openAt(c, path, flags, mode)
+		return fs.openAt(c, path, flags, mode)
 	case flags&unix.O_CREAT == 0:
 		return fs.openExisting(c, path, flags, mode)
 	}
 	for range maxLinks {
-		errno := openAt(c, path, flags|unix.O_EXCL, mode)
+		errno := fs.openAt(c, path, flags|unix.O_EXCL, mode)
 		if errno != unix.EEXIST || flags&unix.O_EXCL != 0 {
 			return errno
 		}
@@ -64,7 +62,10 @@ func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
 }
 
 // openAt opens what flags can't lead astray.
-func openAt(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
+func (fs *FS) openAt(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
+	if fs.readOnly && flags&(unix.O_CREAT|tmpfile) != 0 {
+		return fs.createReadOnly(path, flags, mode)
+	}
 	at, errno := locate(path)
 	if errno != 0 {
 		return errno
@@ -85,26 +86,54 @@ func (fs *FS) openExisting(c *Call, path codec.CString, flags int, mode uint32) 
 	if errno != 0 {
 		return errno
 	}
-	switch errno = fstat(fd, &c.stat); {
-	case errno != 0:
-	case flags&unix.O_PATH == 0 && c.stat.Mode&unix.S_IFMT == unix.S_IFLNK: // O_NOFOLLOW
-		errno = unix.ELOOP
-	case c.stat.Mode&unix.S_IFMT != unix.S_IFREG && c.stat.Mode&unix.S_IFMT != unix.S_IFDIR:
-		errno = unix.ENXIO
-	case flags&unix.O_PATH != 0:
-		c.FD = fd
-		return 0
-	default:
+	if errno = fs.mayOpen(c, fd, flags, mode); errno == 0 {
+		if flags&unix.O_PATH != 0 {
+			c.FD = fd
+			return 0
+		}
 		c.FD, errno = fs.reopen(c, fd, flags&^unix.O_NOFOLLOW, mode)
 	}
 	closefd(fd)
 	return errno
 }
 
+// mayOpen finds what speaks against an open of the file under an O_PATH
+// descriptor, but for what the kernel finds itself.
+func (fs *FS) mayOpen(c *Call, fd, flags int, mode uint32) unix.Errno {
+	if errno := fstat(fd, &c.stat); errno != 0 {
+		return errno
+	}
+	kind := c.stat.Mode & unix.S_IFMT
+	if flags&unix.O_PATH == 0 {
+		if kind == unix.S_IFLNK { // O_NOFOLLOW
+			return unix.ELOOP
+		}
+		if flags&unix.O_CREAT != 0 {
+			if errno := fs.mayCreate(c, fd); errno != 0 {
+				return errno
+			}
+		}
+	}
+	switch {
+	case kind != unix.S_IFREG && kind != unix.S_IFDIR:
+		return unix.ENXIO
+	case fs.readOnly && writes(flags) && kind == unix.S_IFREG && flags&unix.O_PATH == 0:
+		if errno := wrongFlags(flags, mode); errno != 0 {
+			return errno
+		}
+		return unix.EROFS
+	}
+	return 0
+}
+
 // reopen opens the file under an O_PATH descriptor; -1 if that fails.
 func (fs *FS) reopen(c *Call, fd, flags int, mode uint32) (int, unix.Errno) {
-	name := append(strconv.AppendInt(c.digits[:0], int64(fd), 10), 0)
-	return openat(fs.fds, &name[0], flags, mode)
+	return openat(fs.fds, c.nameOf(fd), flags, mode)
+}
+
+// nameOf returns the name of a descriptor in fds.
+func (c *Call) nameOf(fd int) *byte {
+	return &append(strconv.AppendInt(c.digits[:0], int64(fd), 10), 0)[0]
 }
 
 // openPath returns an O_PATH descriptor of what path leads to.

@@ -3,9 +3,12 @@
 //
 //	ops.go       the table, the way of one call, errno to wire at one door
 //	open.go      OPEN and CREATE: which files may be opened, without a race
+//	sticky.go    and which not, in directories that many write to
 //	names.go     requests that make, move and remove names
 //	inode.go     requests that read or change an inode, and GETVERSION
 //	xattr.go     extended attributes
+//	readonly.go  what a read-only export answers instead
+//	translate.go ids of the guest to those of the host, and back
 //	path.go      paths, those beyond PATH_MAX, too
 //	identity.go  creates as the caller's uid and gid, on one thread alone
 //	sys.go       the system calls, as they are: no allocation, no string
@@ -22,13 +25,15 @@
 // # Threads
 //
 // A call stays on one goroutine; only while its thread differs from the others
-// (between become and revert, in byName) is it locked to that. An FS is used by any number of calls at once, a Call by one.
+// (in as and in byName) is it locked to that. An FS is used by any number of
+// calls at once, a Call by one.
 package ops
 
 import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -62,18 +67,49 @@ var table = [codec.NumTypes]func(*FS, *Call) unix.Errno{
 
 // FS is the exported file system: the root directory of the process.
 type FS struct {
+	table    *[codec.NumTypes]func(*FS, *Call) unix.Errno
 	fds      int  // a directory whose entries are this process' descriptors: /proc/self/fd
 	versions bool // GETVERSION has an answer here
 	handles  bool // and a file handle holds it,
 	mount    int32
+	openable inodeSet // regular files and directories
 	log      *slog.Logger
 	trace    bool // log each request
+	readOnly bool
+	self     codec.CString // the name of fds in itself: some file on another mount
+
+	translates bool // uids or gids
+	uids, gids IDMap
+	sysctls    Sysctls
+}
+
+// Options are what the file system is asked for beside what there is.
+type Options struct {
+	ReadOnly bool // what would change anything is answered by EROFS
+	UIDs     IDMap
+	GIDs     IDMap
+	Sysctls  Sysctls
 }
 
 // New returns the file system below the process' root. fds is a descriptor
 // of /proc/self/fd, which the FS keeps.
-func New(fds int, log *slog.Logger) (*FS, error) {
-	fs := &FS{fds: fds, log: log, trace: log.Enabled(nil, slog.LevelDebug)}
+func New(fds int, opts Options, log *slog.Logger) (*FS, error) {
+	fs := &FS{
+		table:    &table,
+		fds:      fds,
+		log:      log,
+		trace:    log.Enabled(nil, slog.LevelDebug),
+		readOnly: opts.ReadOnly,
+		self:     codec.CString(strconv.Itoa(fds) + "\x00"),
+
+		translates: opts.UIDs.given != nil || opts.GIDs.given != nil,
+		uids:       opts.UIDs,
+		gids:       opts.GIDs,
+		sysctls:    opts.Sysctls,
+	}
+	if opts.ReadOnly {
+		fs.table = &readOnlyTable
+	}
 	if err := fs.probeVersions(); err != nil {
 		return nil, fmt.Errorf("export: %w", err)
 	}
@@ -92,12 +128,14 @@ type Call struct {
 	Stray bool
 
 	req      codec.Request
-	switched bool // the thread is not as others: between become and revert, or in byName
+	switched bool   // the thread is not as others: between become and revert, or in byName
+	uid      uint32 // that files are made as
 	stat     unix.Stat_t
 	statbuf  unix.Statfs_t
 	times    [2]unix.Timespec
 	handle   fileHandle
 	mount    int32
+	inode    inode
 	version  uint32
 	digits   [12]byte
 }
@@ -142,7 +180,26 @@ func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	if !c.req.Decode(t, payload) {
 		return unix.ENOBUFS
 	}
-	return table[t](fs, c)
+	if fs.translates {
+		if errno := fs.toHost(t, &c.req); errno != 0 {
+			return errno
+		}
+	}
+	return fs.table[t](fs, c)
+}
+
+// Repeatable tells that doing a request twice is as good as doing it once: it
+// reads, or opens a file that exists and leaves it as it is. The payload is
+// overwritten.
+func Repeatable(t codec.Type, payload []byte) bool {
+	switch t {
+	case codec.Lstat, codec.Readlink, codec.Statfs, codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
+		return true
+	case codec.Open:
+		var q codec.Request
+		return !q.Decode(t, payload) || q.Flags&(unix.O_CREAT|unix.O_TRUNC) == 0
+	}
+	return false
 }
 
 func (fs *FS) traceCall(t codec.Type, c *Call, errno unix.Errno) {

@@ -13,7 +13,11 @@ const maxXattr = 65536
 // name, buf, bufsize). ERANGE when the value is longer.
 func (fs *FS) lgetxattr(c *Call) unix.Errno {
 	return c.readXattr(func(name *byte, room []byte) (int, unix.Errno) {
-		return lgetxattr(name, c.req.Name.Pointer(), room)
+		n, errno := lgetxattr(name, c.req.Name.Pointer(), room)
+		if fs.translates && errno == 0 && len(room) > 0 && isACL(c.req.Name) {
+			translateACL(room[:n], fs.uids.guest, fs.gids.guest)
+		}
+		return n, errno
 	})
 }
 

@@ -1,0 +1,64 @@
+package ops_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/ops"
+	"virtfs-proxy-helper/pool/helpertest"
+)
+
+// fs.protected_regular is obeyed at each of its levels, as
+// Documentation/admin-guide/sysctl/fs.rst has it. That it is as the kernel
+// does, on this machine's level, TestConformance compares.
+func TestProtectedRegular(t *testing.T) {
+	for level := range 3 {
+		l := newLocal(t, helpertest.ShortDir(t), ops.Options{Sysctls: ops.Sysctls{ProtectedRegular: level}})
+		for i, c := range []struct {
+			mode uint32 // of the directory, which is 5's
+			file int    // whose it is
+			as   uint32 // who would create it
+			from int    // the level that refuses that
+		}{
+			{0o1777, 1000, 1001, 1},
+			{0o1777, 1000, 0, 1}, // root is no exception
+			{0o1777, 1000, 1000, 9},
+			{0o1777, 5, 1001, 9}, // the directory's owner may do that anyway
+			{0o1775, 1000, 1001, 2},
+			{0o1755, 1000, 1001, 9},
+			{0o777, 1000, 1001, 9},
+		} {
+			dir := filepath.Join(l.root, fmt.Sprint(i))
+			file := filepath.Join(dir, "file")
+			for _, err := range []error{os.Mkdir(dir, 0o755), os.WriteFile(file, nil, 0o666), os.Chown(file, c.file, 7), os.Chown(dir, 5, 7), unix.Chmod(dir, c.mode), os.Symlink(filepath.Base(dir)+"/file", dir+"link"), os.Link(file, dir+"hard")} {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			var errno unix.Errno
+			if level >= c.from {
+				errno = unix.EACCES
+			}
+			deep := dir + strings.Repeat("/.", 3000) + "/file"
+			for path, errno := range map[string]unix.Errno{file: errno, deep: errno, dir + "link": errno, dir + "hard": 0} {
+				for _, s := range []step{create(path, unix.O_CREAT|unix.O_RDWR, 0o600, c.as, 7), create(path, unix.O_CREAT, 0o600, c.as, 0)} {
+					onThreadOfItsOwn(func() {
+						if got := l.do(s.t, s.frame(true)[codec.HeaderSize:]); got != errno {
+							t.Errorf("level %d, directory %o, file of %d, %v: %v, want %v", level, c.mode, c.file, s, got, errno)
+						}
+						s.q.Flags &^= unix.O_CREAT
+						if got := l.do(s.t, s.frame(true)[codec.HeaderSize:]); got != 0 {
+							t.Errorf("level %d, without O_CREAT: %v", level, got)
+						}
+					})
+				}
+			}
+		}
+	}
+}
