@@ -1,81 +1,119 @@
-// Package confine shuts the process into the export, for good: its root
-// directory, no supplementary groups, seven capabilities, no new privileges.
-// It is entered once, by a process that runs nothing else yet.
+// Package confine takes away from the two processes that outlive the start
+// whatever they don't need, for good. The server, which reads what guests
+// send, ends up with the export as its root directory and nothing else
+// mounted, in namespaces of its own, with seven capabilities and a list of
+// system calls; the keeper with what it takes to start servers like that.
+//
+//	confine.go      how strictly; the server's way in, step by step
+//	root.go         the export becomes the root: pivot_root in own namespaces, or chroot
+//	caps.go         capabilities of both processes, on all threads
+//	seccomp.go      the filters of system calls, and who is told of a violation
+//	syscalls.go     the lists
+//	limits.go       descriptors
+//	rootless.go     a user namespace, for a helper that is not started as root
+//
+// The keeper calls Keep, once, then Start for each server and Supervise with
+// what that server hands out; the server calls Enter, before it does anything
+// else.
 package confine
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"runtime"
-	"strings"
 
 	"golang.org/x/sys/unix"
-	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// kept are the capabilities that requests need; they are all that remains.
-var kept = []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE, cap.FOWNER, cap.FSETID, cap.SETGID, cap.SETUID, cap.MKNOD}
-
-// Mask returns the capabilities that requests need as the kernel's bit mask.
-func Mask() uint64 {
-	var m uint64
-	for _, v := range kept {
-		m |= 1 << v
-	}
-	return m
+// Config is how strictly, for both processes the same. Less than the strictest
+// is for debugging, and for containers that don't let their root make
+// namespaces. There is no falling back: what can't be done is an error.
+type Config struct {
+	Sandbox  Sandbox
+	Seccomp  Seccomp
+	ReadOnly bool // nobody can change the export; needs SandboxNamespace
 }
 
-// Check says what the process lacks to be confined and to serve, and what to
-// do about it.
-func Check() error {
-	if uid := os.Geteuid(); uid != 0 {
-		return fmt.Errorf("needs root to act for the guest's users, runs as uid %d: start it with sudo or from a system service", uid)
-	}
-	have := cap.GetProc()
-	var missing []string
-	for _, v := range append([]cap.Value{cap.SYS_CHROOT, cap.SETPCAP}, kept...) {
-		if ok, err := have.GetFlag(cap.Effective, v); err != nil || !ok {
-			missing = append(missing, strings.ToUpper(v.String()))
-		}
-	}
-	if missing != nil {
-		return fmt.Errorf("runs as root but without %s: grant them (docker: --cap-add; systemd: CapabilityBoundingSet=)", strings.Join(missing, ", "))
-	}
-	return nil
+// Sandbox is how the export becomes the server's root directory.
+type Sandbox string
+
+const (
+	// SandboxNamespace: pivot_root in a mount namespace that has nothing but
+	// the export, and network, IPC, UTS and PID namespaces without anything.
+	SandboxNamespace Sandbox = "namespace"
+	// SandboxChroot: chroot, in the caller's namespaces. Privileges are
+	// dropped all the same.
+	SandboxChroot Sandbox = "chroot"
+	// SandboxNone: chroot, as paths begin at the export, and nothing else:
+	// both processes keep the groups and, but on threads that have made files,
+	// the capabilities that they were started with. A hostile guest that takes
+	// over the server has the host.
+	SandboxNone Sandbox = "none"
+)
+
+// Valid tells whether a user's word is one of the above.
+func (s Sandbox) Valid() bool {
+	return s == SandboxNamespace || s == SandboxChroot || s == SandboxNone
 }
 
-// Enter makes the directory export the root of the process and drops all
-// privileges but Mask, on every thread. It returns a descriptor of the
-// process' own /proc/self/fd, the only way left to it: a directory without a
-// parent, that holds nothing but the descriptors that the process has anyway.
-func Enter(export string, log *slog.Logger) (fds int, err error) {
-	dir, err := unix.Open(export, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, &os.PathError{Op: "export", Path: export, Err: err}
-	}
-	if fds, err = openFDs(log); err != nil {
-		return -1, err
+// Inside is what a server has that is confined.
+type Inside struct {
+	// FDs is a descriptor of the process' own /proc/self/fd, the only way left
+	// to it: a directory without a parent, that holds nothing but the
+	// descriptors that the process has anyway.
+	FDs int
+	// Violations is for the keeper, see Config.Supervise; nil without a filter.
+	Violations *os.File
+}
+
+// Enter confines this process, a server that Start has started, and runs
+// nothing else yet. export is the descriptor that Start has given to it.
+func (c Config) Enter(export int, log *slog.Logger) (*Inside, error) {
+	in := &Inside{}
+	var err error
+	if in.FDs, err = openFDs(log); err != nil {
+		return nil, err
 	}
 	unix.Umask(0) // modes are the guest's, whole
+	if c.Sandbox == SandboxNone {
+		err = changeRoot(export)
+	} else {
+		err = c.shut(export)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("confine: %w", err)
+	}
+	if in.Violations, err = c.filterServer(); err != nil {
+		return nil, fmt.Errorf("confine: %w", err)
+	}
+	return in, nil
+}
 
-	// The thread that drops capabilities has to see /proc after the others
-	// have changed their root: it gets a root directory of its own, and ends.
-	err = onThreadThatEnds(func() error {
-		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			return fmt.Errorf("unshare: %w", err)
+// shut changes the root and drops privileges. To do the latter on all threads,
+// the thread that does it needs a /proc where it finds them, when the others
+// have lost theirs: it gets a view of its own, and ends.
+func (c Config) shut(export int) error {
+	change, view := changeRoot, ownRoot
+	if c.Sandbox == SandboxNamespace {
+		// From here on nothing that is mounted or unmounted reaches the host.
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+			return needsNamespaces("make all mounts private", err)
+		}
+		change, view = c.pivotRoot, ownMounts
+	}
+	return onThreadThatEnds(func() error {
+		if err := view(); err != nil {
+			return err
 		}
 		done := make(chan error)
-		go func() { done <- changeRoot(dir) }()
+		go func() { done <- change(export) }()
 		if err := <-done; err != nil {
 			return err
 		}
-		return Drop(kept...)
+		return drop(kept, kept, nil)
 	})
-	if err != nil {
-		return -1, fmt.Errorf("confine: %w", err)
-	}
-	return fds, nil
 }
 
 // onThreadThatEnds runs f on a thread that does nothing afterwards. The main
@@ -95,56 +133,10 @@ func onThreadThatEnds(f func() error) error {
 	return <-done
 }
 
-// openFDs returns a detached mount of /proc/self/fd: nothing lies above it.
-func openFDs(log *slog.Logger) (int, error) {
-	const path = "/proc/self/fd"
-	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err == nil {
-		return fd, nil
+// needsNamespaces says what to do where a container forbids them.
+func needsNamespaces(what string, err error) error {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("%s: %w: if this system allows no namespaces, --sandbox=chroot does without", what, err)
 	}
-	log.Warn("no detached /proc/self/fd: the server keeps a descriptor into /proc, which no request can reach", "error", err)
-	if fd, err = unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-		return -1, fmt.Errorf("%s: %w: is /proc mounted?", path, err)
-	}
-	return fd, nil
-}
-
-func changeRoot(dir int) error {
-	if err := unix.Fchdir(dir); err != nil {
-		return fmt.Errorf("chdir to the export: %w", err)
-	}
-	if err := unix.Chroot("."); err != nil {
-		return fmt.Errorf("chroot: %w", err)
-	}
-	unix.Close(dir)
-	return os.Chdir("/")
-}
-
-// Drop leaves the process the capabilities keep, no supplementary groups and
-// no way to get more. It changes all threads, those to come included.
-func Drop(keep ...cap.Value) error {
-	if err := cap.ResetAmbient(); err != nil {
-		return fmt.Errorf("drop ambient capabilities: %w", err)
-	}
-	for v := range cap.MaxBits() {
-		if err := cap.DropBound(v); err != nil {
-			return fmt.Errorf("drop %s from the bounding set: %w", v, err)
-		}
-	}
-	if err := cap.SetGroups(0); err != nil { // which lowers all effective capabilities, too
-		return fmt.Errorf("drop supplementary groups: %w", err)
-	}
-	set := cap.NewSet()
-	for _, flag := range []cap.Flag{cap.Effective, cap.Permitted} {
-		if err := set.SetFlag(flag, true, keep...); err != nil {
-			return err
-		}
-	}
-	if err := set.SetProc(); err != nil {
-		return fmt.Errorf("keep no more than %s: %w", set, err)
-	}
-	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1); err != nil {
-		return fmt.Errorf("set no_new_privs: %w", err)
-	}
-	return nil
+	return fmt.Errorf("%s: %w", what, err)
 }

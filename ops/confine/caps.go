@@ -1,0 +1,142 @@
+package confine
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
+)
+
+// kept are the capabilities that requests need; they are all that remains to
+// the server.
+var kept = []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE, cap.FOWNER, cap.FSETID, cap.SETGID, cap.SETUID, cap.MKNOD}
+
+// keepers are what the keeper works with: it makes and removes names.
+var keepers = []cap.Value{cap.DAC_OVERRIDE, cap.FOWNER}
+
+// Mask returns the capabilities that requests need as the kernel's bit mask.
+func Mask() uint64 {
+	var m uint64
+	for _, v := range kept {
+		m |= 1 << v
+	}
+	return m
+}
+
+// starts are the capabilities that it takes to confine a server, beside those
+// that the server keeps: SETPCAP empties its bounding set.
+func (c Config) starts() []cap.Value {
+	switch c.Sandbox {
+	case SandboxNamespace:
+		return []cap.Value{cap.SYS_ADMIN, cap.SETPCAP}
+	case SandboxChroot:
+		return []cap.Value{cap.SYS_CHROOT, cap.SETPCAP}
+	}
+	return []cap.Value{cap.SYS_CHROOT}
+}
+
+// Check says what the process lacks to confine and to serve, and what to do
+// about it.
+func (c Config) Check() error {
+	if c.ReadOnly && c.Sandbox != SandboxNamespace {
+		return fmt.Errorf("--sandbox=%s: only --sandbox=namespace can make the export read-only", c.Sandbox)
+	}
+	if uid := os.Geteuid(); uid != 0 {
+		return fmt.Errorf("needs root to act for the guest's users, runs as uid %d: start it with sudo or from a system service", uid)
+	}
+	have := cap.GetProc()
+	var missing []string
+	for _, v := range append(c.starts(), kept...) {
+		if ok, err := have.GetFlag(cap.Effective, v); err != nil || !ok {
+			missing = append(missing, strings.ToUpper(v.String()))
+		}
+	}
+	if missing == nil {
+		return nil
+	}
+	err := fmt.Errorf("runs as root but without %s: grant them (docker: --cap-add; systemd: CapabilityBoundingSet=)", strings.Join(missing, ", "))
+	if missing[0] == "CAP_SYS_ADMIN" && c.Sandbox == SandboxNamespace {
+		err = fmt.Errorf("%w, or do without namespaces of its own: --sandbox=chroot", err)
+	}
+	return err
+}
+
+// Keep leaves the keeper, this process, what it needs to start servers and to
+// make names. Nothing but Start uses more than the latter: the others lie in
+// the permitted set, for a server inherits by execve what both that and the
+// bounding set have.
+func (c Config) Keep() error {
+	if c.Sandbox == SandboxNone {
+		return nil
+	}
+	permitted := append(c.starts(), kept...)
+	// Where they can be had: a server takes a detached /proc/self/fd if it is
+	// not in a namespace, too, and calms its runtime's monitor thread.
+	for _, v := range []cap.Value{cap.SYS_ADMIN, cap.SYS_NICE} {
+		if ok, _ := cap.GetProc().GetFlag(cap.Permitted, v); ok && !slices.Contains(permitted, v) {
+			permitted = append(permitted, v)
+		}
+	}
+	return drop(keepers, permitted, permitted)
+}
+
+// privileged runs f with all that the keeper may have, on this thread alone.
+// While a goroutine is locked to it, the runtime makes no threads from it that
+// would have the same.
+func (c Config) privileged(f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread
+	var was [2]unix.CapUserData
+	if err := unix.Capget(header, &was[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	all := was
+	for i := range all {
+		all[i].Effective = all[i].Permitted
+	}
+	if err := unix.Capset(header, &all[0]); err != nil {
+		return fmt.Errorf("capset: %w", err)
+	}
+	err := f()
+	if err := unix.Capset(header, &was[0]); err != nil {
+		panic(err) // to lower them is always allowed
+	}
+	return err
+}
+
+// drop leaves the process these capabilities, no supplementary groups and no
+// way to get more. It changes all threads, those to come included.
+func drop(effective, permitted, bounding []cap.Value) error {
+	if err := cap.ResetAmbient(); err != nil {
+		return fmt.Errorf("drop ambient capabilities: %w", err)
+	}
+	for v := range cap.MaxBits() {
+		if slices.Contains(bounding, v) {
+			continue
+		}
+		if err := cap.DropBound(v); err != nil {
+			return fmt.Errorf("drop %s from the bounding set: %w", v, err)
+		}
+	}
+	if err := cap.SetGroups(0); err != nil { // which lowers all effective capabilities, too
+		return fmt.Errorf("drop supplementary groups: %w", err)
+	}
+	set := cap.NewSet()
+	for flag, values := range map[cap.Flag][]cap.Value{cap.Effective: effective, cap.Permitted: permitted} {
+		if err := set.SetFlag(flag, true, values...); err != nil {
+			return err
+		}
+	}
+	if err := set.SetProc(); err != nil {
+		return fmt.Errorf("keep no more than %s: %w", set, err)
+	}
+	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	return nil
+}

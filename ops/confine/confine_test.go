@@ -1,0 +1,288 @@
+package confine_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/helpertest"
+)
+
+func TestMain(m *testing.M) { helpertest.Main(m) }
+
+const (
+	seven     = 0x80000db
+	names     = 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER
+	namespace = seven | 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_SETPCAP | 1<<unix.CAP_SYS_NICE
+	chroot    = namespace | 1<<unix.CAP_SYS_CHROOT
+)
+
+// capSets are the sets of a thread in /proc.
+type capSets struct{ CapInh, CapPrm, CapEff, CapBnd, CapAmb uint64 }
+
+func threadCaps(t *testing.T, st map[string]string) (c capSets) {
+	t.Helper()
+	for set, v := range map[string]*uint64{"CapInh": &c.CapInh, "CapPrm": &c.CapPrm, "CapEff": &c.CapEff, "CapBnd": &c.CapBnd, "CapAmb": &c.CapAmb} {
+		var err error
+		if *v, err = strconv.ParseUint(st[set], 16, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return c
+}
+
+// export returns a directory to share, for which the helper has to know
+// nothing of this machine.
+func export(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(helpertest.ShortDir(t), "export")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// listen starts a helper of dir as a root that has everything that a shell
+// has, and makes it do a bit of all.
+func listen(t *testing.T, dir string, options ...string) (*helpertest.Process, string) {
+	t.Helper()
+	name := filepath.Join(helpertest.ShortDir(t), "s")
+	p := helpertest.Start(t, helpertest.Command{
+		Path: helpertest.Ours(t),
+		Args: append([]string{"-n", "-p", dir, "-s", name, "-u", "0", "-g", "0"}, options...),
+		Cred: &syscall.Credential{Groups: []uint32{4, 24}},
+	})
+	helpertest.AwaitName(t, p, name)
+	for i := range 20 {
+		c := helpertest.Dial(t, name)
+		c.Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path(fmt.Sprintf("/%d", i)), UID: 1000, GID: 1000})
+		c.Want(0, codec.Remove, codec.Request{Path: helpertest.Path(fmt.Sprintf("/%d", i))})
+		os.Remove(name)
+		helpertest.Eventually(t, "the name is back", func() bool { _, err := os.Lstat(name); return err == nil })
+	}
+	return p, name
+}
+
+// Every thread of both processes, in every mode.
+func TestThreads(t *testing.T) {
+	for mode, keeper := range map[string]uint64{"namespace": namespace, "chroot": chroot} {
+		t.Run(mode, func(t *testing.T) {
+			p, _ := listen(t, export(t), "--sandbox="+mode)
+			for pid, want := range map[int]capSets{
+				p.PID:      {CapPrm: keeper, CapEff: names, CapBnd: keeper},
+				p.Server(): {CapPrm: seven, CapEff: seven},
+			} {
+				for _, tid := range helpertest.Threads(t, pid) {
+					st := helpertest.Status(t, fmt.Sprintf("%d/task/%s", pid, tid))
+					if got := threadCaps(t, st); got != want {
+						t.Errorf("%s: %x, want %x", st["Name"], got, want)
+					}
+					if st["NoNewPrivs"] != "1" || st["Groups"] != "" {
+						t.Errorf("%d: NoNewPrivs %s, groups %q", pid, st["NoNewPrivs"], st["Groups"])
+					}
+				}
+			}
+		})
+	}
+	t.Run("none", func(t *testing.T) {
+		p, _ := listen(t, export(t), "--sandbox=none")
+		mine := threadCaps(t, helpertest.Status(t, "self"))
+		for _, pid := range []int{p.PID, p.Server()} {
+			// Threads of the server that have made files have less in effect.
+			st := helpertest.Status(t, strconv.Itoa(pid))
+			if got := threadCaps(t, st); got.CapBnd != mine.CapBnd || pid == p.PID && got != mine || st["Groups"] != "4 24" || st["NoNewPrivs"] != "0" {
+				t.Errorf("%x, groups %q: not as started", got, st["Groups"])
+			}
+		}
+	})
+}
+
+var namespaces = []string{"mnt", "net", "ipc", "uts", "pid"}
+
+// own returns which of the namespaces a process has for itself.
+func own(t *testing.T, pid int) (kinds []string) {
+	t.Helper()
+	for _, kind := range namespaces {
+		mine, err := os.Readlink("/proc/self/ns/" + kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if its != mine {
+			kinds = append(kinds, kind)
+		}
+	}
+	return kinds
+}
+
+// mountpoints returns where a process has mounts, and their options.
+func mountpoints(t *testing.T, pid int) (points []string, options map[string]string) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	options = map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		points, options[f[4]] = append(points, f[4]), f[5]
+	}
+	slices.Sort(points)
+	return points, options
+}
+
+// The server has the export and what is mounted below it, no network, and no
+// other process.
+func TestNamespaces(t *testing.T) {
+	dir := export(t)
+	mount(t, dir)
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, filepath.Join(dir, "sub"))
+	p, name := listen(t, dir)
+	server := p.Server()
+	if got := own(t, p.PID); got != nil {
+		t.Errorf("the keeper has %v of its own", got)
+	}
+	if got := own(t, server); !slices.Equal(got, namespaces) {
+		t.Errorf("the server has only %v of its own", got)
+	}
+	points, options := mountpoints(t, server)
+	if !slices.Equal(points, []string{"/", "/sub"}) {
+		t.Errorf("the server has mounts at %v", points)
+	}
+	for point, o := range options {
+		for _, want := range []string{"nosuid", "nodev", "noexec", "rw"} {
+			if !slices.Contains(strings.Split(o, ","), want) {
+				t.Errorf("the server's %s is %s, not %s", point, o, want)
+			}
+		}
+	}
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", server)); err != nil || strings.Count(string(b), ":") != 1 || !strings.Contains(string(b), "lo:") {
+		t.Errorf("the server's network: %v\n%s", err, b)
+	}
+	helpertest.Dial(t, name).Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/sub/dir")})
+	if _, err := os.Stat(filepath.Join(dir, "sub/dir")); err != nil {
+		t.Error(err)
+	}
+}
+
+// What only a chroot gives up: the namespaces.
+func TestChroot(t *testing.T) {
+	for _, mode := range []string{"chroot", "none"} {
+		dir := export(t)
+		p, _ := listen(t, dir, "--sandbox="+mode)
+		if got := own(t, p.Server()); got != nil {
+			t.Errorf("%s: the server has %v of its own", mode, got)
+		}
+		for _, tid := range helpertest.Threads(t, p.Server()) {
+			if root, _ := os.Readlink(fmt.Sprintf("/proc/%d/task/%s/root", p.Server(), tid)); root != dir {
+				t.Errorf("%s: a thread has the root %s", mode, root)
+			}
+		}
+	}
+}
+
+// What the host mounts below the export while it is served appears in it, as
+// with the C helper; what the server does to its mounts stays with it.
+func TestMountsComeOneWay(t *testing.T) {
+	dir := export(t)
+	mount(t, dir)
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := mountpoints(t, os.Getpid())
+	p, name := listen(t, dir)
+	if after, _ := mountpoints(t, os.Getpid()); !slices.Equal(after, before) {
+		t.Errorf("the host's mounts were %v, are %v", before, after)
+	}
+	sub := filepath.Join(dir, "sub")
+	if err := os.Mkdir(sub, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, sub)
+	if err := os.Mkdir(filepath.Join(sub, "late"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c := helpertest.Dial(t, name)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/sub/late")})
+	if err := unix.Unmount(sub, 0); err != nil {
+		t.Errorf("the server keeps what the host unmounts: %v", err)
+	}
+	c.Want(unix.ENOENT, codec.Lstat, codec.Request{Path: helpertest.Path("/sub/late")})
+	p.Signal(syscall.SIGTERM)
+	p.Wait()
+	if after, _ := mountpoints(t, os.Getpid()); !slices.Equal(after, before) {
+		t.Errorf("the host's mounts were %v, are %v", before, after)
+	}
+}
+
+// Where all of the host's mounts are shared, as systemd makes them.
+func TestSharedHost(t *testing.T) {
+	dir := export(t)
+	name := filepath.Join(helpertest.ShortDir(t), "s")
+	p := helpertest.Start(t, helpertest.Command{
+		Path: "/usr/bin/unshare",
+		Args: []string{"--mount", "--propagation", "private", "sh", "-c", `mount --make-rshared / && exec "$@"`, "sh",
+			helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0"},
+	})
+	helpertest.AwaitName(t, p, name)
+	helpertest.Dial(t, name).Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+	points, _ := mountpoints(t, p.PID)
+	if mine, _ := mountpoints(t, os.Getpid()); !slices.Equal(points, mine) {
+		t.Errorf("the host's mounts were %v, are %v", mine, points)
+	}
+	if points, _ := mountpoints(t, p.Server()); !slices.Equal(points, []string{"/"}) {
+		t.Errorf("the server's mounts are %v", points)
+	}
+}
+
+// Without the right to make namespaces the start fails, and says what helps.
+func TestNoNamespaces(t *testing.T) {
+	dir := export(t)
+	start := func(mode string, drop string) (int, string) {
+		return helpertest.Run(t, helpertest.Command{
+			Path: "/usr/bin/setpriv",
+			Args: []string{"--bounding-set", drop, helpertest.Ours(t), "-p", dir, "-s", filepath.Join(filepath.Dir(dir), "s"), "-u", "0", "-g", "0", "--sandbox=" + mode},
+		})
+	}
+	if status, out := start("namespace", "-sys_admin"); status != 1 || !strings.Contains(out, "SYS_ADMIN") || !strings.Contains(out, "--sandbox=chroot") {
+		t.Errorf("status %d, %q", status, out)
+	}
+	if status, out := start("chroot", "-sys_admin,-sys_chroot"); status != 1 || !strings.Contains(out, "SYS_CHROOT") {
+		t.Errorf("status %d, %q", status, out)
+	}
+	// Docker's root has no more than these.
+	p := helpertest.Start(t, helpertest.Command{
+		Path: "/usr/bin/setpriv",
+		Args: []string{"--bounding-set", "-all,+chown,+dac_override,+fsetid,+fowner,+mknod,+net_raw,+setgid,+setuid,+setfcap,+setpcap,+net_bind_service,+sys_chroot,+kill,+audit_write",
+			helpertest.Ours(t), "-n", "-p", dir, "-s", filepath.Join(filepath.Dir(dir), "s"), "-u", "0", "-g", "0", "--sandbox=chroot"},
+	})
+	name := filepath.Join(filepath.Dir(dir), "s")
+	helpertest.AwaitName(t, p, name)
+	helpertest.Dial(t, name).Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/d"), UID: 1000, GID: 1000})
+	if !strings.Contains(p.Output(), "no detached /proc/self/fd") {
+		t.Errorf("silent about what it can't do: %q", p.Output())
+	}
+}
+
+// mount mounts a tmpfs for the test.
+func mount(t *testing.T, dir string) {
+	t.Helper()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "mode=755"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+}
