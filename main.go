@@ -33,6 +33,7 @@ import (
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/ops/confine"
 	"virtfs-proxy-helper/pool"
+	"virtfs-proxy-helper/pool/journal"
 	"virtfs-proxy-helper/pool/keeper"
 )
 
@@ -76,6 +77,11 @@ type options struct {
 	nodaemon bool
 	once     bool
 	workers  int
+
+	maxConnections int
+
+	fs       ops.Options
+	confine  confine.Config
 	pidfile  string
 	logLevel slog.Level
 }
@@ -112,6 +118,12 @@ func parseOptions(args []string) (*options, error) {
 	f.BoolVarP(&o.nodaemon, "nodaemon", "n", false, "stay in the foreground and log to stderr, not to syslog")
 	f.BoolVar(&o.once, "once", false, "leave when the last client of NAME has left (with -f always so)")
 	f.IntVar(&o.workers, "workers", 64, "at most `N` requests in the file system at once, of 1 to 1024")
+	f.IntVar(&o.maxConnections, "max-connections", 1024, "at most `N` VMs at once, of 1 to 65536; more wait until one leaves")
+	f.BoolVar(&o.fs.ReadOnly, "readonly", false, "let no request change anything: EROFS, as on a read-only mount")
+	f.Var(&o.fs.UIDs, "translate-uid", "translate user ids, in virtiofsd's notation; may be repeated. `MAP` is map:GUEST:HOST:COUNT,\n"+
+		"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\nsquash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
+	f.Var(&o.fs.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
+	f.StringVar((*string)(&o.confine.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
 	f.StringVar(&o.pidfile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
 	f.StringVar(&level, "log-level", "info", "debug (each request), info, warn or error: `LEVEL` of what is logged")
 	version := f.Bool("version", false, "print the version and leave")
@@ -151,10 +163,15 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--uid %d: not a user id", uid)
 	case f.Changed("gid") && !id(gid):
 		return bad("--gid %d: not a group id", gid)
+	case o.maxConnections < 1 || o.maxConnections > 65536:
+		return bad("--max-connections %d: not within 1 to 65536", o.maxConnections)
 	case o.workers < 1 || o.workers > 1024:
 		return bad("--workers %d: not within 1 to 1024", o.workers)
+	case !o.confine.Sandbox.Valid():
+		return bad("--sandbox %q: not one of namespace, chroot, none", o.confine.Sandbox)
 	}
 	o.uid, o.gid = int(uid), int(gid)
+	o.confine.ReadOnly = o.fs.ReadOnly && o.confine.Sandbox == confine.SandboxNamespace
 	if o.pidfile != "" { // the daemon leaves this directory before it removes the file
 		if o.pidfile, err = filepath.Abs(o.pidfile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)
@@ -179,12 +196,17 @@ func start(opts *options) error {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
 		return fmt.Errorf("close_range: %w", err)
 	}
-	if err := confine.Check(); err != nil {
+	if executableErr != nil {
+		return fmt.Errorf("find this program: %w", executableErr)
+	}
+	if err := opts.confine.Check(); err != nil {
 		return err
 	}
-	if err := checkExport(opts.path); err != nil {
+	export, err := openExport(opts.path)
+	if err != nil {
 		return err
 	}
+	export.Close()
 	var conn *os.File
 	if opts.socket == "" {
 		if err := checkConn(opts.fd); err != nil {
@@ -193,13 +215,9 @@ func start(opts *options) error {
 		conn = os.NewFile(uintptr(opts.fd), "connection")
 	}
 	if opts.nodaemon {
-		return keep(opts, conn, os.Stderr, func() error { return nil })
+		return keep(opts, conn, func() io.Writer { return os.Stderr }, func() error { return nil })
 	}
-	cmd, err := self(roleKeeper)
-	if err != nil {
-		return err
-	}
-	return keeper.Detach(cmd, conn)
+	return keeper.Detach(self(executable, roleKeeper), conn)
 }
 
 // keepDetached is the keeper as a daemon.
@@ -211,7 +229,7 @@ func keepDetached(opts *options) error {
 		conn = os.NewFile(keeper.ConnFD, "connection")
 	}
 	ready := false
-	err := keep(opts, conn, keeper.Syslog(name), func() error {
+	err := keep(opts, conn, func() io.Writer { return keeper.Syslog(name) }, func() error {
 		ready = true
 		return errors.Join(os.Chdir("/"), report.Ready())
 	})
@@ -221,21 +239,26 @@ func keepDetached(opts *options) error {
 	return err
 }
 
-// keep is the keeper. Its log and the server's go to out.
-func keep(opts *options, conn *os.File, out io.Writer, ready func() error) error {
-	server, err := self(roleServer)
+// keep is the keeper. Its log and the servers' go to output.
+func keep(opts *options, conn *os.File, output func() io.Writer, ready func() error) error {
+	export, err := openExport(opts.path)
 	if err != nil {
 		return err
 	}
-	server.Stdout, server.Stderr = out, out
-	log := newLog(opts, out)
+	log := newLog(opts, output())
 	k := keeper.Config{
-		Socket: opts.socket, UID: opts.uid, GID: opts.gid,
-		Conn:    conn,
-		PIDFile: opts.pidfile,
-		Server:  server,
-		Log:     log,
-		Ready:   ready,
+		Export:  export,
+		Confine: opts.confine,
+		Socket:  opts.socket, UID: opts.uid, GID: opts.gid,
+		Conn:           conn,
+		MaxConnections: opts.maxConnections,
+		Once:           opts.once || opts.socket == "",
+		PIDFile:        opts.pidfile,
+		Program:        executable,
+		Server:         func(program string) *exec.Cmd { return self(program, roleServer) },
+		Output:         output,
+		Log:            log,
+		Ready:          ready,
 	}
 	err = k.Run()
 	if err != nil {
@@ -245,90 +268,77 @@ func keep(opts *options, conn *os.File, out io.Writer, ready func() error) error
 }
 
 // serve is the server. It gets its connections from the keeper, and ends when
-// told to, or with its last client if nobody can bring another.
+// told to; or, should the keeper be gone, with its last client.
 func serve(opts *options) error {
 	log := newLog(opts, os.Stderr)
+	if err := pool.CalmMonitor(); err != nil {
+		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
+	}
 	control := keeper.ServerControl()
-	server, err := newServer(opts, log)
+	server, err := newServer(opts, control, log)
 	if err != nil {
 		control.SendError(err)
 		return err
 	}
-	last := make(chan struct{}, 1)
-	server.OnEmpty(func() { last <- struct{}{} })
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	ended := make(chan error, 1)
-	go func() {
-		ended <- control.Serve(func(fd int) {
-			if err := server.Add(fd); err != nil {
-				log.Error("connection refused", "error", err)
-			}
-		})
-	}()
-	once := opts.once || opts.socket == ""
-	for {
-		select {
-		case <-last:
-			if once {
-				return nil
-			}
-		case err := <-ended:
-			if err == nil {
-				return drain(server)
-			}
-			// The keeper is gone. The VMs that are here go on.
-			log.Error("the keeper died: serving on until the last client has left", "error", err)
-			if once = true; server.Serving() == 0 {
-				return nil
-			}
-			ended = nil
+	handOver, err := control.Serve(func(fd int, id uint32) {
+		if err := server.Add(fd, id); err != nil {
+			log.Error("connection refused", "connection", id, "error", err)
 		}
-	}
-}
-
-func newServer(opts *options, log *slog.Logger) (*pool.Server, error) {
-	fds, err := confine.Enter(opts.path, log)
-	if err != nil {
-		return nil, err
-	}
-	fs, err := ops.New(fds, log)
-	if err != nil {
-		return nil, err
-	}
-	return pool.NewServer(fs, opts.workers, log), nil
-}
-
-func drain(server *pool.Server) error {
-	select {
-	case <-server.Drain():
-		return nil
-	case <-time.After(keeper.StopTime):
-		return fmt.Errorf("stopped with %d connections in work", server.Serving())
-	}
-}
-
-// self returns this program as a process of the given role, with nothing of
-// the caller's environment.
-func self(role string) (*exec.Cmd, error) {
-	exe, err := os.Executable()
-	if err != nil {
-		return nil, fmt.Errorf("find this program: %w", err)
-	}
-	return &exec.Cmd{Path: exe, Args: append([]string{name}, os.Args[1:]...), Env: []string{roleEnv + "=" + role}}, nil
-}
-
-// checkExport and checkConn say early and clearly what would fail later.
-func checkExport(path string) error {
-	st, err := os.Stat(path)
+	})
 	switch {
 	case err != nil:
-		return fmt.Errorf("--path: export %s: %w", path, errors.Unwrap(err))
-	case !st.IsDir():
-		return fmt.Errorf("--path: export %s: is not a directory", path)
+		log.Error("the keeper died: serving on until the last client has left", "error", err)
+		<-server.Empty()
+	case handOver:
+		<-server.HandOver()
+	default:
+		select {
+		case <-server.Drain():
+		case <-time.After(keeper.StopTime):
+			return fmt.Errorf("stopped with %d connections in work", server.Serving())
+		}
 	}
 	return nil
+}
+
+func newServer(opts *options, control *keeper.Control, log *slog.Logger) (*pool.Server, error) {
+	j, err := journal.Map(keeper.ServerJournal())
+	if err != nil {
+		return nil, err
+	}
+	if opts.fs.Sysctls, err = ops.ReadSysctls(); err != nil {
+		return nil, err
+	}
+	inside, err := opts.confine.Enter(keeper.ExportFD, log)
+	if err != nil {
+		return nil, err
+	}
+	fs, err := ops.New(inside.FDs, opts.fs, log)
+	if err != nil {
+		return nil, err
+	}
+	return pool.NewServer(fs, j, opts.workers, func(id uint32, ended bool) { control.SendGone(id, ended) }, log)
+}
+
+// executable is the name of the program that runs, as it was at the start.
+var executable, executableErr = os.Executable()
+
+// self returns a program as this one in the given role, with nothing of the
+// caller's environment.
+func self(program, role string) *exec.Cmd {
+	return &exec.Cmd{Path: program, Args: append([]string{name}, os.Args[1:]...), Env: []string{roleEnv + "=" + role}}
+}
+
+// openExport and checkConn say early and clearly what would fail later.
+func openExport(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("--path: export %s: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 func checkConn(fd int) error {

@@ -1,151 +1,218 @@
 // Package pool serves connections: it reads their frames, gives each its turn
 // in the file system and sends the answers.
 //
-//	pool.go      the server: connections come and go
-//	loop.go      one connection on its event loop: frames in, answers out
+//	pool.go      the server: connections come, rest in the epoll loop, and go
+//	conn.go      one connection's turn: frames in, answers out
 //	stay.go      the one place that decides where a connection spends its time
-//	buffer.go    the pooled buffer that frames are read into and decoded in
+//	monitor.go   what the Go runtime costs when little is asked
 //	workers.go   the bound of requests in the file system at once
-//	socket.go    recv and send, without a copy and without an allocation
+//	journal/     what is in work, in memory that outlives the server
 //	keeper/      the process outside the export: the socket's name, the daemon
 //
 // # The way of a request
 //
-// Each connection has a gnet event loop of its own, and the thread that reads
-// a request does it and answers it: QEMU waits for each answer, so a hand-off
-// to another thread buys nothing and costs two wake-ups, more than most
-// requests. What a pool is for remains: [Workers] bounds the requests that are
-// in the file system at once, and a request that hangs there hangs alone.
+// Idle connections rest in one epoll loop, gnet's. When a request comes, the
+// connection gets a turn on a thread: that reads the request into its slot of
+// the journal, copies it to a pooled buffer, decodes it there in place, does it
+// and answers it. QEMU waits for each answer, so a hand-off to another thread
+// buys nothing and costs two wake-ups, more than most requests; it is made once
+// for a turn, which lasts as long as requests keep coming. What a pool is for
+// remains: [Workers] bounds the requests that are in the file system at once,
+// and a request that hangs there hangs alone.
 //
-// gnet says when a connection is readable, reads what came first and closes it
-// when the peer has left. In between a connection that is being served stays
-// on its thread, past gnet (stay.go).
+// gnet's own connections are not used, only its poller: they would read into
+// gnet's memory, and a request that is there when the server dies is lost.
 //
 // # Who owns what
 //
-// A connection's descriptor belongs to gnet from Add on. Only its loop's own
-// thread reads and writes it, so it can't be closed and its number given to
-// another connection in between. A descriptor that goes with an answer belongs
-// to the loop from ops.FS.Do until it is sent.
+// A connection's descriptor belongs to its conn, from Add until Server.end
+// closes it; only its turn reads and writes it, so it can't be closed and its
+// number given to another connection in between. A descriptor that goes with an
+// answer belongs to the turn from ops.FS.Do until it is sent.
 package pool
 
 import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"os"
+	"runtime"
+	"runtime/debug"
 	"sync"
+	"sync/atomic"
 
-	"github.com/panjf2000/gnet/v2/pkg/pool/goroutine"
+	gerrors "github.com/panjf2000/gnet/v2/pkg/errors"
+	"github.com/panjf2000/gnet/v2/pkg/netpoll"
+	"github.com/panjf2000/gnet/v2/pkg/queue"
+	"golang.org/x/sys/unix"
+
 	"virtfs-proxy-helper/ops"
+	"virtfs-proxy-helper/pool/journal"
 )
 
-// spareLoops is how many loops without a connection are kept for the next.
-const spareLoops = 8
-
-// gnet starts a goroutine pool for things that are not used here, in every
-// process that links it. It would wake up twice a second.
-func init() { goroutine.DefaultWorkerPool.Release() }
+// spareThreads are kept for turns to come. A thread takes some 60 KiB, which an
+// idle connection should not.
+const spareThreads = 8
 
 // Server serves any number of connections to one file system.
 type Server struct {
 	fs      *ops.FS
+	journal *journal.Journal
 	log     *slog.Logger
 	workers *Workers
 	crowd   *crowd
+	gone    func(id uint32, ended bool)
+
+	spare       atomic.Int32 // threads that have ended a turn
+	handingOver atomic.Bool
+	bell        int // an eventfd, readable once handing over has begun
 
 	mu       sync.Mutex
-	spare    []*loop
-	serving  map[*loop]struct{}
-	counted  int64 // when connections were last counted, in ns
+	poller   *netpoll.Poller
+	resting  map[int]*conn // in the poller, by descriptor
+	turns    map[*conn]struct{}
+	counted  int64 // when busy connections were last counted, in ns
 	draining bool
-	left     func()        // after each connection's end, with the number that remain
-	empty    chan struct{} // closed when draining and nothing is being served
+	lonely   bool // nobody adds connections any more
+	closed   sync.Once
+	empty    chan struct{} // closed when draining or handing over, and nothing is served
 }
 
 // NewServer returns a server of fs that has at most n requests in the file
-// system at once.
-func NewServer(fs *ops.FS, n int, log *slog.Logger) *Server {
-	return &Server{
+// system at once. gone is called when it has closed a connection: ended, or as
+// it is, for another server to go on with.
+func NewServer(fs *ops.FS, j *journal.Journal, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
+	s := &Server{
 		fs:      fs,
+		journal: j,
 		log:     log,
 		workers: NewWorkers(n),
 		crowd:   newCrowd(n),
-		serving: make(map[*loop]struct{}),
+		gone:    gone,
+		resting: make(map[int]*conn),
+		turns:   make(map[*conn]struct{}),
 		empty:   make(chan struct{}),
 	}
+	var err error
+	if s.bell, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	if s.poller, err = netpoll.OpenPoller(); err != nil {
+		return nil, fmt.Errorf("epoll loop: %w", err)
+	}
+	go s.poll()
+	return s, nil
 }
 
-// OnEmpty sets what is called when a connection has ended and none is left.
-// It is to be set before the first Add.
-func (s *Server) OnEmpty(f func()) { s.left = f }
+// poll is the epoll loop, until Close.
+func (s *Server) poll() {
+	err := s.poller.Polling(s.wake)
+	if !errors.Is(err, gerrors.ErrEngineShutdown) {
+		panic(fmt.Sprintf("epoll loop: %v", err)) // the keeper starts another server
+	}
+	s.poller.Close()
+	unix.Close(s.bell)
+}
 
-// Add serves a connected stream socket, wherever it comes from, and owns fd
-// whether it succeeds or not.
-func (s *Server) Add(fd int) error {
-	file := os.NewFile(uintptr(fd), "connection")
-	conn, err := net.FileConn(file)
-	file.Close()
-	if err != nil {
+// Close ends the epoll loop of a server that has no connections any more.
+func (s *Server) Close() error {
+	return s.poller.Trigger(queue.HighPriority, func(any) error { return gerrors.ErrEngineShutdown }, nil)
+}
+
+// Add serves a connected stream socket, which the server owns from now on.
+// What another server has left of it is in its slot of the journal, number id.
+func (s *Server) Add(fd int, id uint32) error {
+	c := &conn{srv: s, id: id, fd: fd, slot: s.journal.Slot(id), pace: newPace()}
+	if c.slot == nil {
+		c.close(true)
+		return fmt.Errorf("no slot %d in the journal", id)
+	}
+	if err := prepare(fd); err != nil {
+		c.close(true)
 		return err
 	}
-	l, err := s.take()
-	if err != nil {
-		conn.Close()
-		return err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.turns[c] = struct{}{}
+	if s.draining {
+		c.refuse()
 	}
-	// Enroll closes conn and returns once the loop has the connection.
-	// It forgets to tell of a connection that epoll would not take.
-	_, err = l.client.Enroll(conn)
-	if err == nil && !l.opened.Swap(false) {
-		err = errors.New("epoll did not take the connection")
-	}
-	if err != nil {
-		s.drop(l)
-		return fmt.Errorf("enroll: %w", err)
+	s.log.Debug("connection", "connection", id)
+	go s.serve(c)
+	return nil
+}
+
+// wake gives a connection its turn: bytes have come, or the client has left.
+// It runs on the epoll loop.
+func (s *Server) wake(fd int, _ netpoll.IOEvent, _ netpoll.IOFlags) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c := s.resting[fd]; c != nil {
+		s.unrest(c)
+		go s.serve(c)
 	}
 	return nil
 }
 
-// take returns a loop that serves no connection.
-func (s *Server) take() (*loop, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.draining {
-		return nil, errors.New("the server is stopping")
-	}
-	var l *loop
-	if n := len(s.spare); n > 0 {
-		l, s.spare = s.spare[n-1], s.spare[:n-1]
-	} else {
-		var err error
-		if l, err = newLoop(s); err != nil {
-			return nil, err
-		}
-	}
-	s.serving[l] = struct{}{}
-	return l, nil
+// unrest takes a connection out of the poller. The caller holds mu.
+func (s *Server) unrest(c *conn) {
+	s.poller.Delete(c.fd)
+	delete(s.resting, c.fd)
+	s.turns[c] = struct{}{}
 }
 
-// drop takes a loop back whose connection has ended. It is called on the loop
-// itself, before its descriptor is closed.
-func (s *Server) drop(l *loop) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.serving, l)
-	if !l.call.Stray && len(s.spare) < spareLoops {
-		s.spare = append(s.spare, l)
-	} else {
-		go l.client.Stop()
+// serve is the goroutine of a turn.
+func (s *Server) serve(c *conn) {
+	if s.spare.Add(-1) < 0 {
+		s.spare.Add(1)
 	}
-	if len(s.serving) > 0 {
+	s.finish(c, c.take())
+	if s.spare.Add(1) <= spareThreads {
 		return
 	}
-	if s.draining {
-		close(s.empty)
-	} else if s.left != nil {
-		go s.left()
+	s.spare.Add(-1)
+	s.mu.Lock()
+	last := len(s.turns) == 0
+	s.mu.Unlock()
+	if last { // of many: what they took goes back to the system
+		debug.FreeOSMemory()
+	}
+	runtime.LockOSThread() // the thread ends with this goroutine
+}
+
+// finish ends a turn.
+func (s *Server) finish(c *conn, end outcome) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if end == resting && s.handingOver.Load() {
+		end = leaving
+	}
+	switch end {
+	case stray:
+		go s.serve(c) // on another thread: this goroutine ends, and its thread with it
+		return
+	case resting:
+		err := s.poller.AddRead(&netpoll.PollAttachment{FD: c.fd}, false)
+		if err == nil {
+			delete(s.turns, c)
+			s.resting[c.fd] = c
+			return
+		}
+		s.log.Error("connection closed", "connection", c.id, "error", err)
+		end = left
+	case left:
+		if n := c.slot.Pending(); n > 0 {
+			s.log.Warn("client left in the middle of a request", "connection", c.id, "bytes", n)
+		}
+	}
+	delete(s.turns, c)
+	c.close(end == left)
+	s.gone(c.id, end == left)
+	s.closeIfEmpty()
+}
+
+func (s *Server) closeIfEmpty() {
+	if (s.draining || s.lonely || s.handingOver.Load()) && len(s.turns)+len(s.resting) == 0 {
+		s.closed.Do(func() { close(s.empty) })
 	}
 }
 
@@ -153,7 +220,7 @@ func (s *Server) drop(l *loop) {
 func (s *Server) Serving() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.serving)
+	return len(s.turns) + len(s.resting)
 }
 
 // Drain ends all connections: what their clients have sent is answered, what
@@ -162,27 +229,44 @@ func (s *Server) Serving() int {
 func (s *Server) Drain() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.draining {
+	if s.draining || s.handingOver.Load() {
 		return s.empty
 	}
 	s.draining = true
-	if len(s.serving) == 0 {
-		close(s.empty)
+	for c := range s.turns {
+		c.refuse()
 	}
-	for l := range s.serving {
-		l.refuse()
+	for _, c := range s.resting {
+		c.refuse()
 	}
+	s.closeIfEmpty()
 	return s.empty
 }
 
-// gnetLog passes on what gnet has to say, as debugging of ours: it reports
-// each loop that starts, and errors that OnClose is told, too.
-type gnetLog struct{ log *slog.Logger }
-
-func (g gnetLog) Debugf(format string, args ...any) {}
-func (g gnetLog) Infof(format string, args ...any)  {}
-func (g gnetLog) Warnf(format string, args ...any)  { g.log.Warn(fmt.Sprintf("gnet: "+format, args...)) }
-func (g gnetLog) Errorf(format string, args ...any) {
-	g.log.Error(fmt.Sprintf("gnet: "+format, args...))
+// Empty returns a channel that closes when no connection is left, if none is
+// added any more.
+func (s *Server) Empty() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lonely = true
+	s.closeIfEmpty()
+	return s.empty
 }
-func (g gnetLog) Fatalf(format string, args ...any) { g.Errorf(format, args...) }
+
+// HandOver leaves all connections to another server, each once its request in
+// work is answered. The channel closes when all have gone.
+func (s *Server) HandOver() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining || s.handingOver.Load() {
+		return s.empty
+	}
+	s.handingOver.Store(true)
+	unix.Write(s.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	for _, c := range s.resting {
+		s.unrest(c)
+		go s.finish(c, leaving)
+	}
+	s.closeIfEmpty()
+	return s.empty
+}

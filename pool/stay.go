@@ -23,52 +23,49 @@ import (
 //	       system call. It holds a Go processor, of which there are enough.
 //	doze   is a poll that the scheduler knows of: it costs nothing while it
 //	       lasts, and more when it ends. For connections that ask now and then.
-//	epoll  is gnet's, for connections that are idle: on the way back it costs
-//	       two epoll_waits and, in the Go scheduler, another thread's wake-up.
+//	epoll  is for connections that are idle, all on one thread: the way back
+//	       costs an epoll_ctl and two wake-ups.
 const (
 	spinFor  = 40 * time.Microsecond
 	sleepFor = 10 * time.Millisecond // the runtime's monitor interrupts a thread then anyway
-	dozeFor  = 900 * time.Millisecond
+	dozeFor  = 800 * time.Millisecond
 )
 
 // slackProcs are the Go processors beside those of connections that sleep: for
 // the runtime, for new connections, for requests on other loops.
 const slackProcs = 8
 
-// await waits for bytes on this thread (true), or decides that gnet's epoll is
-// the place to wait (false).
-func (l *loop) await() bool {
-	room := l.in.room()
-	p := &l.pace
+// await waits for bytes on this thread and returns how many have come, 0 when
+// the epoll loop is the place to wait, and less when the client has left.
+func (c *conn) await() int {
+	p := &c.pace
 	n := 0
-	if p.busy && l.takeSlot() {
-		if p.spins() && l.srv.crowd.thin() {
-			n = l.spin(room)
+	if p.busy && c.takeSeat() {
+		if p.spins() && c.srv.crowd.thin() {
+			n = c.spin()
 			p.spun(n)
 		}
 		if n == 0 {
-			n = l.sleep(room)
+			n = c.sleep()
 		}
 	}
 	if n == 0 {
-		l.giveSlot()
-		n = l.doze(room)
+		c.giveSeat()
+		n = c.doze()
 	}
-	if n <= 0 {
-		return false
+	if n > 0 {
+		p.measure()
 	}
-	p.measure()
-	l.in.received(n)
-	return true
+	return n
 }
 
 // spin, sleep and doze return how many bytes have come, 0 if none have, and -1
-// when the client has left or has to be left to gnet.
+// when the client has left.
 
-func (l *loop) spin(room []byte) int {
+func (c *conn) spin() int {
 	for until := nanotime() + spinFor.Nanoseconds(); ; {
 		for range 8 {
-			if n, errno := recv(l.fd, room, unix.MSG_DONTWAIT); errno != unix.EAGAIN {
+			if n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT); errno != unix.EAGAIN {
 				return leftIfNone(n)
 			}
 		}
@@ -78,25 +75,28 @@ func (l *loop) spin(room []byte) int {
 	}
 }
 
-func (l *loop) sleep(room []byte) int {
-	n, errno := recv(l.fd, room, 0)
+func (c *conn) sleep() int {
+	n, errno := c.slot.Receive(c.fd, 0)
 	switch errno {
 	case unix.EINTR: // the runtime wants this thread to stop: it can, in doze
 		return 0
 	case unix.EAGAIN:
-		l.pace.busy = false
+		c.pace.busy = false
 		return 0
 	}
 	return leftIfNone(n)
 }
 
-func (l *loop) doze(room []byte) int {
+func (c *conn) doze() int {
 	began := nanotime()
-	if !readable(l.fd, dozeFor) {
-		return -1
+	if !c.readable(dozeFor) {
+		return 0
 	}
-	l.pace.busy = nanotime()-began < sleepFor.Nanoseconds()
-	n, _ := recv(l.fd, room, unix.MSG_DONTWAIT)
+	c.pace.busy = nanotime()-began < sleepFor.Nanoseconds()
+	n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT)
+	if errno == unix.EAGAIN || errno == unix.EINTR {
+		return 0
+	}
 	return leftIfNone(n)
 }
 
@@ -109,36 +109,36 @@ func leftIfNone(n int) int {
 
 // crowd knows how many connections are busy.
 type crowd struct {
-	slots atomic.Int32 // that are left: connections that may sleep, a Go processor each
+	seats atomic.Int32 // that are left: connections that may sleep, a Go processor each
 	busy  atomic.Int32 // connections that were, at the last count
 	spin  int32        // so many may spin: half the CPUs, as each one's client needs one, too
 }
 
-func newCrowd(slots int) *crowd {
-	runtime.GOMAXPROCS(slots + slackProcs)
+func newCrowd(seats int) *crowd {
+	runtime.GOMAXPROCS(seats + slackProcs)
 	c := &crowd{spin: int32(max(1, runtime.NumCPU()/2))}
-	c.slots.Store(int32(slots))
+	c.seats.Store(int32(seats))
 	return c
 }
 
 // thin tells that whoever is busy may spin.
 func (c *crowd) thin() bool { return c.busy.Load() <= c.spin }
 
-// takeSlot makes sure that the connection may sleep. It keeps the slot until
-// it dozes or goes back to epoll.
-func (l *loop) takeSlot() bool {
-	if !l.slot {
-		if l.slot = l.srv.crowd.slots.Add(-1) >= 0; !l.slot {
-			l.srv.crowd.slots.Add(1)
+// takeSeat makes sure that the connection may sleep. It keeps the seat until
+// it dozes or its turn ends.
+func (c *conn) takeSeat() bool {
+	if !c.seat {
+		if c.seat = c.srv.crowd.seats.Add(-1) >= 0; !c.seat {
+			c.srv.crowd.seats.Add(1)
 		}
 	}
-	return l.slot
+	return c.seat
 }
 
-func (l *loop) giveSlot() {
-	if l.slot {
-		l.slot = false
-		l.srv.crowd.slots.Add(1)
+func (c *conn) giveSeat() {
+	if c.seat {
+		c.seat = false
+		c.srv.crowd.seats.Add(1)
 	}
 }
 
@@ -154,12 +154,12 @@ func (s *Server) count() {
 		return
 	}
 	s.counted = now
-	for l := range s.serving {
-		served := l.served.Load()
-		if served-l.counted >= busyIfServed {
+	for c := range s.turns {
+		served := c.served.Load()
+		if served-c.count >= busyIfServed {
 			busy++
 		}
-		l.counted = served
+		c.count = served
 	}
 	s.crowd.busy.Store(busy)
 }
@@ -208,9 +208,9 @@ func (p *pace) way() int {
 
 // answering is called before each answer leaves: sending it wakes the client,
 // who may well take this processor at once.
-func (l *loop) answering() {
-	p := &l.pace
-	l.served.Add(1)
+func (c *conn) answering() {
+	p := &c.pace
+	c.served.Add(1)
 	p.request++
 	switch {
 	case p.request == 2*probeRequests:
@@ -218,7 +218,7 @@ func (l *loop) answering() {
 	case p.request >= p.window:
 		p.request, p.misses, p.count = 0, 0, [2]int{}
 	case p.request%breathe == 0:
-		l.srv.count()
+		c.srv.count()
 		// The runtime takes a thread's processor away that has not been
 		// scheduled for 10 ms, at each of its system calls.
 		runtime.Gosched()

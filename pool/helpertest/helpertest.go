@@ -170,6 +170,9 @@ func (p *Process) Output() string {
 	return string(b)
 }
 
+// Logged tells that the process has printed text.
+func (p *Process) Logged(text string) bool { return strings.Contains(p.Output(), text) }
+
 // Signal sends a signal that the process may end by.
 func (p *Process) Signal(sig syscall.Signal) {
 	p.tb.Helper()

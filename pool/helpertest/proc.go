@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Children returns the processes whose parent is pid.
@@ -122,4 +123,23 @@ func Threads(tb testing.TB, pid int) (tids []string) {
 		tids = append(tids, e.Name())
 	}
 	return tids
+}
+
+// CPU returns the time that a process has spent on CPUs.
+func CPU(tb testing.TB, pid int) time.Duration {
+	tb.Helper()
+	const tick = time.Second / 100 // USER_HZ
+	var sum time.Duration
+	f := statFields(pid)
+	if len(f) < 15 {
+		tb.Fatalf("process %d has ended", pid)
+	}
+	for _, field := range f[13:15] { // utime, stime
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			tb.Fatalf("/proc/%d/stat: %v", pid, err)
+		}
+		sum += time.Duration(n) * tick
+	}
+	return sum
 }

@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -9,23 +10,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Control is one end of the socket pair (SOCK_SEQPACKET) between keeper and
-// server. To the server: a connection with its descriptor, or stop. To the
-// keeper, once: ready, or why the server can't start. Each message is its
-// first byte and what follows.
+// Control is one end of the socket pair (SOCK_SEQPACKET) between the keeper
+// and a server. Each message is its kind and what follows.
 type Control struct{ file *os.File }
 
+type kind byte
+
+// To the server.
 const (
-	msgConn  = 'c' // with one SCM_RIGHTS descriptor
-	msgStop  = 's'
-	msgReady = 'r'
-	msgError = 'e' // and a text
+	msgConn     kind = 'c' // serve connection u32, with its descriptor
+	msgStop     kind = 's' // end all connections and leave
+	msgHandOver kind = 'h' // give all connections back and leave
+)
+
+// To the keeper.
+const (
+	msgReady    kind = 'r' // connections are taken
+	msgError    kind = 'e' // the server can't start: text
+	msgEnded    kind = 'x' // connection u32 has ended
+	msgReturned kind = 'b' // connection u32 is given back, for another server
+	msgNoRoom   kind = 'n' // connection u32 has come without its descriptor
 )
 
 const maxMessage = 4096
 
-// ControlFD is the descriptor on which a server finds its end.
-const ControlFD = 3
+// Descriptors that a server finds open.
+const (
+	ControlFD = 3
+	JournalFD = 4
+	programFD = 5 // what it has been started from, O_PATH
+	ExportFD  = 6 // for confine.Enter
+)
 
 // newControl returns both ends; theirs is the one for the server.
 func newControl() (ours *Control, theirs *os.File, err error) {
@@ -37,94 +52,130 @@ func newControl() (ours *Control, theirs *os.File, err error) {
 }
 
 // ServerControl returns the server's end, in the server.
-func ServerControl() *Control {
-	unix.CloseOnExec(ControlFD)
-	return &Control{os.NewFile(ControlFD, "control")}
+func ServerControl() *Control { return &Control{inherited(ControlFD, "control")} }
+
+// ServerJournal returns the journal, in the server.
+func ServerJournal() *os.File {
+	unix.Close(programFD)
+	return inherited(JournalFD, "journal")
+}
+
+func inherited(fd int, name string) *os.File {
+	unix.CloseOnExec(fd)
+	return os.NewFile(uintptr(fd), name)
 }
 
 // Close closes this end.
 func (c *Control) Close() error { return c.file.Close() }
 
-func (c *Control) send(msg, oob []byte) error {
+func (c *Control) send(k kind, body, oob []byte, flags int) error {
+	msg := append([]byte{byte(k)}, body...)
 	for {
-		err := unix.Sendmsg(int(c.file.Fd()), msg, oob, nil, unix.MSG_NOSIGNAL)
+		err := unix.Sendmsg(int(c.file.Fd()), msg, oob, nil, unix.MSG_NOSIGNAL|flags)
 		if err != unix.EINTR {
 			return err
 		}
 	}
 }
 
-// recv returns a message and the descriptor in it, or -1; io.EOF when the
-// other side has gone.
-func (c *Control) recv() (msg []byte, fd int, err error) {
-	msg = make([]byte, maxMessage)
-	oob := make([]byte, unix.CmsgSpace(4))
-	var n, oobn, flags int
-	for {
-		n, oobn, flags, _, err = unix.Recvmsg(int(c.file.Fd()), msg, oob, unix.MSG_CMSG_CLOEXEC)
-		if err != unix.EINTR {
-			break
-		}
+// sendConn sends a message about a connection, with its descriptor unless that
+// is -1.
+func (c *Control) sendConn(k kind, id uint32, fd, flags int) error {
+	var oob []byte
+	if fd >= 0 {
+		oob = unix.UnixRights(fd)
 	}
-	if err == unix.ECONNRESET || err == nil && n == 0 {
-		err = io.EOF
-	}
-	if err != nil {
-		return nil, -1, err
-	}
-	fd = -1
-	if cmsgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(cmsgs) == 1 {
-		if fds, err := unix.ParseUnixRights(&cmsgs[0]); err == nil && len(fds) == 1 {
-			fd = fds[0]
-		}
-	}
-	if fd < 0 && flags&unix.MSG_CTRUNC != 0 {
-		return msg[:n], -1, unix.EMFILE
-	}
-	return msg[:n], fd, nil
+	return c.send(k, binary.NativeEndian.AppendUint32(nil, id), oob, flags)
 }
 
-// SendConn gives a copy of a connection's descriptor to the server.
-func (c *Control) SendConn(fd int) error { return c.send([]byte{msgConn}, unix.UnixRights(fd)) }
+// message is one as it has come.
+type message struct {
+	kind kind
+	body []byte
+	fd   int // -1 for none
+}
 
-// SendStop asks the server to end its connections and leave.
-func (c *Control) SendStop() error { return c.send([]byte{msgStop}, nil) }
+// conn returns the connection that the message is about.
+func (m message) conn() (id uint32, ok bool) {
+	if len(m.body) != 4 {
+		return 0, false
+	}
+	return binary.NativeEndian.Uint32(m.body), true
+}
+
+// recv returns a message; io.EOF when the other side has gone.
+func (c *Control) recv() (message, error) {
+	msg := make([]byte, maxMessage)
+	oob := make([]byte, unix.CmsgSpace(4))
+	for {
+		n, oobn, _, _, err := unix.Recvmsg(int(c.file.Fd()), msg, oob, unix.MSG_CMSG_CLOEXEC)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.ECONNRESET || err == nil && n == 0:
+			return message{}, io.EOF
+		case err != nil:
+			return message{}, err
+		}
+		m := message{kind(msg[0]), msg[1:n], -1}
+		if cmsgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(cmsgs) == 1 {
+			if fds, err := unix.ParseUnixRights(&cmsgs[0]); err == nil && len(fds) == 1 {
+				m.fd = fds[0]
+			}
+		}
+		return m, nil
+	}
+}
 
 // SendReady tells the keeper that the server takes connections.
-func (c *Control) SendReady() error { return c.send([]byte{msgReady}, nil) }
+func (c *Control) SendReady() error { return c.send(msgReady, nil, nil, 0) }
 
 // SendError tells the keeper why the server can't start.
 func (c *Control) SendError(err error) error {
 	text := err.Error()
-	return c.send(append([]byte{msgError}, text[:min(len(text), maxMessage-1)]...), nil)
+	return c.send(msgError, []byte(text[:min(len(text), maxMessage-1)]), nil, 0)
 }
 
+// SendGone tells the keeper that the server has closed a connection: it has
+// ended, or another server is to go on with it.
+func (c *Control) SendGone(id uint32, ended bool) error {
+	if ended {
+		return c.sendConn(msgEnded, id, -1, 0)
+	}
+	return c.sendConn(msgReturned, id, -1, 0)
+}
+
+// awaitReady waits until the server takes connections.
 func (c *Control) awaitReady() error {
-	msg, _, err := c.recv()
+	m, err := c.recv()
 	switch {
 	case err != nil:
 		return err
-	case msg[0] == msgReady:
+	case m.kind == msgReady:
 		return nil
 	default:
-		return errors.New(string(msg[1:]))
+		return errors.New(string(m.body))
 	}
 }
 
 // Serve is the server's side: it hands each connection to add, until the
-// keeper asks for a stop (nil) or is gone (io.EOF).
-func (c *Control) Serve(add func(fd int)) error {
+// keeper asks for the end (nil), in one way or the other, or is gone (io.EOF).
+func (c *Control) Serve(add func(fd int, id uint32)) (handOver bool, err error) {
 	for {
-		msg, fd, err := c.recv()
-		switch {
-		case err == unix.EMFILE:
-			// The connection is lost: its client sees an end of file.
-		case err != nil:
-			return err
-		case msg[0] == msgStop:
-			return nil
-		case fd >= 0:
-			add(fd)
+		m, err := c.recv()
+		if err != nil {
+			return false, err
+		}
+		switch id, ok := m.conn(); {
+		case m.kind == msgStop || m.kind == msgHandOver:
+			return m.kind == msgHandOver, nil
+		case m.kind == msgConn && ok && m.fd >= 0:
+			add(m.fd, id)
+		case m.kind == msgConn && ok:
+			// This process has as many descriptors as it may have.
+			if err := c.sendConn(msgNoRoom, id, -1, 0); err != nil {
+				return false, err
+			}
 		}
 	}
 }

@@ -42,9 +42,9 @@ func Detach(cmd *exec.Cmd, conn *os.File) error {
 	switch {
 	case err != nil:
 		return err
-	case bytes.HasPrefix(report, []byte{msgReady}):
+	case bytes.HasPrefix(report, []byte{byte(msgReady)}):
 		return nil
-	case bytes.HasPrefix(report, []byte{msgError}):
+	case bytes.HasPrefix(report, []byte{byte(msgError)}):
 		return errors.New(string(report[1:]))
 	}
 	return fmt.Errorf("the daemon died at its start: %v", cmd.Wait())
@@ -60,10 +60,12 @@ func NewReport() *Report {
 }
 
 // Ready says that all is well.
-func (r *Report) Ready() error { return r.send([]byte{msgReady}) }
+func (r *Report) Ready() error { return r.send([]byte{byte(msgReady)}) }
 
 // Error says why the start failed.
-func (r *Report) Error(err error) error { return r.send(append([]byte{msgError}, err.Error()...)) }
+func (r *Report) Error(err error) error {
+	return r.send(append([]byte{byte(msgError)}, err.Error()...))
+}
 
 func (r *Report) send(msg []byte) error {
 	_, err := r.pipe.Write(msg)

@@ -2,7 +2,12 @@
 // and accepts connections; each goes to the server, the confined process that
 // serves requests. The keeper reads nothing that a guest sends.
 //
-//	keeper.go    the keeper's life: start the server, accept, stop
+// It has a descriptor of every connection, too, and the journal of what they
+// have in work. So a server may die, or be replaced by a newer binary, and the
+// next one goes on with all connections: QEMU itself never reconnects.
+//
+//	keeper.go    the keeper's life: connections and servers come and go
+//	server.go    a server as the keeper sees it: started, watched, ended
 //	name.go      the socket's name: claimed, put back, given up
 //	control.go   the socket pair between keeper and server
 //	daemon.go    detached from the caller, who is told how the start went
@@ -16,44 +21,121 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"runtime"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"kernel.org/pub/linux/libs/security/libcap/cap"
 
 	"virtfs-proxy-helper/ops/confine"
+	"virtfs-proxy-helper/pool/journal"
 )
 
 // StopTime is how long requests in work may take after SIGTERM.
 const StopTime = 10 * time.Second
 
+// How long to wait before a server is started again: not at all if the last
+// one lived for steady, else twice as long as the time before.
+const (
+	steady   = time.Second / 2
+	minPause = 10 * time.Millisecond
+	maxPause = 5 * time.Second
+)
+
+// noRoomPause is how long a connection waits that the server had no descriptor
+// for.
+const noRoomPause = 100 * time.Millisecond
+
 // Config is what a keeper is to do.
 type Config struct {
-	Socket   string   // name to accept connections on, owned by
-	UID, GID int      // or
-	Conn     *os.File // the only connection
-	PIDFile  string   // "" for none
+	Export         *os.File // the directory, O_PATH: each server gets the same one
+	Confine        confine.Config
+	Socket         string   // name to accept connections on, owned by
+	UID, GID       int      // or
+	Conn           *os.File // the only connection
+	MaxConnections int
+	Once           bool // leave with the last connection
+	PIDFile        string
 
-	Server *exec.Cmd // starts a server, which calls Serve
-	Log    *slog.Logger
-	Ready  func() error // called when connections are taken
+	Program string                         // that runs, and that SIGHUP starts a server of
+	Server  func(program string) *exec.Cmd // starts a server
+	Output  func() io.Writer               // for what a server prints
+	Log     *slog.Logger
+	Ready   func() error // called when connections are taken
 }
 
-// Run keeps a server until it leaves by itself or a signal ends it. An error
-// before Ready is one of starting.
-func (c *Config) Run() error {
-	stop := make(chan os.Signal, 2)
-	signal.Notify(stop, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+// keeper is a Config that runs. All is done on one goroutine (loop); others
+// only wait for something and tell it.
+type keeper struct {
+	Config
+	name    *Name
+	journal *os.File
+	events  chan any // accepted, told, ended or started
 
-	var name *Name
+	conns   map[uint32]*conn
+	free    []uint32      // numbers
+	room    chan struct{} // a place for each connection that may come
+	servers map[*server]bool
+	program *os.File // that servers are started from
+	current *server  // takes connections; nil while there is none
+	turning bool     // a server is being started
+	renew   bool     // SIGHUP has come meanwhile
+	pause   time.Duration
+
+	stopping bool
+	stopped  error // what went wrong with that
+	once     bool  // leave when no connection is left: there was one
+}
+
+// conn is a connection. Its number is its slot in the journal.
+type conn struct {
+	fd     int
+	server *server // that serves it; nil while none does
+}
+
+// Events.
+type (
+	accepted struct{ fd int }
+	told     struct {
+		server *server
+		message
+	}
+	ended struct {
+		server *server
+		err    error
+	}
+	started struct {
+		server  *server
+		program *os.File
+		renewed bool
+		err     error
+	}
+	retry struct{ id uint32 }
+)
+
+// Run keeps a server until a signal ends it, or the last connection does. An
+// error before Ready is one of starting.
+func (c *Config) Run() error {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+
+	k := &keeper{
+		Config:  *c,
+		events:  make(chan any),
+		conns:   make(map[uint32]*conn),
+		room:    make(chan struct{}, c.MaxConnections),
+		servers: make(map[*server]bool),
+	}
+	for id := range uint32(c.MaxConnections) {
+		k.free = append(k.free, uint32(c.MaxConnections)-1-id)
+	}
+	var err error
+	if k.journal, err = journal.Create(c.MaxConnections); err != nil {
+		return err
+	}
 	if c.Socket != "" {
-		var err error
-		if name, err = Claim(c.Socket, c.UID, c.GID); err != nil {
+		if k.name, err = Claim(c.Socket, c.UID, c.GID); err != nil {
 			return err
 		}
-		defer name.Release()
+		defer k.name.Release()
 	}
 	if c.PIDFile != "" {
 		if err := writePIDFile(c.PIDFile); err != nil {
@@ -61,131 +143,303 @@ func (c *Config) Run() error {
 		}
 		defer os.Remove(c.PIDFile)
 	}
-	control, exited, err := c.startServer()
-	if err != nil {
+	if k.program, err = openProgram("/proc/self/exe"); err != nil {
 		return err
 	}
-	// The control stays open: accept may be sending, and the process ends.
-	defer control.SendStop() // whatever the reason, unless the server is gone
-	accepted := make(chan error, 1)
-	if name != nil {
-		if err := name.Publish(c.Log); err != nil {
+	if err := c.Confine.Keep(); err != nil {
+		return err
+	}
+	if k.current, err = k.startServer(k.program); err != nil {
+		return err
+	}
+	k.servers[k.current] = true
+	defer k.killServers() // whatever the reason, none is left
+	if k.name != nil {
+		if err := k.name.Publish(c.Log); err != nil {
 			return err
 		}
-		go func() { accepted <- accept(name.Listener, control, c.Log) }()
+		go k.accept()
 	} else {
-		if err := control.SendConn(int(c.Conn.Fd())); err != nil {
-			return fmt.Errorf("pass the connection to the server: %w", err)
+		k.room <- struct{}{}
+		fd, err := unix.FcntlInt(c.Conn.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return err
 		}
 		c.Conn.Close()
-	}
-	// What is left to do is making and removing names.
-	if err := confine.Drop(cap.DAC_OVERRIDE, cap.FOWNER); err != nil {
-		return err
+		k.add(fd)
 	}
 	if err := c.Ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
 	}
-
-	select {
-	case err := <-exited:
-		if err != nil {
-			return fmt.Errorf("the server died: %w", err)
-		}
-		return nil
-	case err := <-accepted:
-		return fmt.Errorf("%s: accept: %w", c.Socket, err)
-	case sig := <-stop:
-		c.Log.Info("stopping: requests in work are answered", "signal", sig.String())
-		if name != nil {
-			name.Release()
-		}
-		return c.stopServer(control, exited, stop)
-	}
+	return k.loop(signals)
 }
 
-// startServer starts the server and waits until it can serve.
-func (c *Config) startServer() (*Control, <-chan error, error) {
-	control, theirs, err := newControl()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer theirs.Close()
-	c.Server.ExtraFiles = []*os.File{theirs}
-	// A ^C at the terminal is the keeper's alone.
-	c.Server.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := startPatient(c.Server); err != nil {
-		control.Close()
-		return nil, nil, fmt.Errorf("start the server: %w", err)
-	}
-	theirs.Close()
-	exited := make(chan error, 1)
-	go func() { exited <- c.Server.Wait() }()
-	if err := control.awaitReady(); err != nil {
-		control.Close()
-		status := <-exited
-		if errors.Is(err, io.EOF) {
-			err = fmt.Errorf("the server died at its start: %v", status)
-		}
-		return nil, nil, err
-	}
-	return control, exited, nil
-}
-
-// startPatient starts a process whose timers may be late by timerSlack. A Go
-// process that does a little work now and then otherwise spends most of its
-// time in the runtime's monitor thread, which looks around every 20 µs for a
-// millisecond each time: 30 times the CPU of a request. What the monitor is
-// for, threads that are stuck in a system call, the server has spare
-// processors for. The slack is a thread's, and its children inherit it.
-func startPatient(cmd *exec.Cmd) error {
-	const timerSlack = 50 * time.Millisecond
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(timerSlack.Nanoseconds()), 0, 0, 0); err != nil {
-		return err
-	}
-	defer unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0) // as it was
-	return cmd.Start()
-}
-
-// stopServer lets the server answer what is in work. A second signal, or time,
-// ends the patience.
-func (c *Config) stopServer(control *Control, exited <-chan error, stop <-chan os.Signal) error {
-	control.SendStop()
-	select {
-	case err := <-exited:
-		return err
-	case <-stop:
-	case <-time.After(StopTime + time.Second):
-	}
-	c.Server.Process.Kill()
-	<-exited
-	return errors.New("stopped with requests in work")
-}
-
-// accept passes connections on until the listener is shut down.
-func accept(listener int, control *Control, log *slog.Logger) error {
+func (k *keeper) loop(signals <-chan os.Signal) error {
+	k.watch(k.current)
+	var patience <-chan time.Time
 	for {
-		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
-		switch err {
-		case nil:
-			err = control.SendConn(fd)
-			unix.Close(fd)
-			if err != nil {
-				log.Error("connection lost on its way to the server", "error", err)
+		select {
+		case sig := <-signals:
+			switch {
+			case sig == unix.SIGHUP && k.stopping:
+			case sig == unix.SIGHUP:
+				k.Log.Info("renewing: all connections go to a server from the program that is on disk now")
+				k.renew = true
+				k.start(0)
+			case k.stopping:
+				return errors.New("stopped with requests in work")
+			default:
+				k.Log.Info("stopping: requests in work are answered", "signal", sig.String())
+				k.stop()
+				patience = time.After(StopTime + time.Second)
 			}
-		case unix.EINTR, unix.ECONNABORTED:
-		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
-			// The client waits in the backlog until there is room again.
-			log.Warn("can't accept a connection yet", "error", err)
-			time.Sleep(100 * time.Millisecond)
-		case unix.EINVAL: // Release has shut the listener down
-			return nil
-		default:
-			return err
+		case <-patience:
+			return errors.New("stopped with requests in work")
+		case event := <-k.events:
+			k.handle(event)
+		}
+		if k.Once && k.once && len(k.conns) == 0 && !k.stopping {
+			k.Log.Info("stopping: the last client has left")
+			k.stop()
+			patience = time.After(StopTime + time.Second)
+		}
+		if k.stopping && len(k.servers) == 0 && !k.turning {
+			return k.stopped
 		}
 	}
+}
+
+func (k *keeper) handle(event any) {
+	switch e := event.(type) {
+	case accepted:
+		k.add(e.fd)
+	case told:
+		k.hear(e.server, e.message)
+	case ended:
+		k.serverEnded(e.server, e.err)
+	case started:
+		k.serverStarted(e)
+	case retry:
+		if c := k.conns[e.id]; c != nil && c.server == nil {
+			k.give(e.id, c)
+		}
+	}
+}
+
+// add takes a connection that room has been made for.
+func (k *keeper) add(fd int) {
+	id := k.free[len(k.free)-1]
+	if err := journal.Clear(k.journal, id); err != nil {
+		k.Log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
+		unix.Close(fd)
+		<-k.room
+		return
+	}
+	k.free = k.free[:len(k.free)-1]
+	k.once = true
+	c := &conn{fd: fd}
+	k.conns[id] = c
+	k.Log.Info("client connected", "connection", id)
+	k.give(id, c)
+}
+
+// give gives a connection to the current server, if there is one: else the
+// next one gets it.
+func (k *keeper) give(id uint32, c *conn) {
+	c.server = k.current
+	if c.server == nil {
+		return
+	}
+	// A server that is gone is noticed in time. The loop waits for none.
+	err := c.server.control.sendConn(msgConn, id, c.fd, unix.MSG_DONTWAIT)
+	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
+		k.Log.Warn("connection not yet served", "connection", id, "error", err)
+		k.giveLater(id, c)
+	}
+}
+
+func (k *keeper) giveLater(id uint32, c *conn) {
+	c.server = nil
+	time.AfterFunc(noRoomPause, func() { k.events <- retry{id} })
+}
+
+// hear acts on what a server says of its connections, and on nothing else: it
+// may be in a guest's hands.
+func (k *keeper) hear(s *server, m message) {
+	id, ok := m.conn()
+	c := k.conns[id]
+	if !ok || c == nil || c.server != s {
+		k.Log.Error("killing the server: it speaks of a connection that it has not", "pid", s.pid())
+		s.cmd.Process.Kill()
+		return
+	}
+	switch m.kind {
+	case msgEnded:
+		delete(k.conns, id)
+		k.free = append(k.free, id)
+		unix.Close(c.fd)
+		<-k.room
+		k.Log.Info("client left", "connection", id)
+	case msgReturned:
+		k.give(id, c)
+	case msgNoRoom:
+		k.Log.Warn("the server has no descriptor left for a connection", "connection", id)
+		k.giveLater(id, c)
+	}
+}
+
+// start starts a server after a pause, unless that is being done.
+func (k *keeper) start(pause time.Duration) {
+	if k.turning {
+		return
+	}
+	k.turning = true
+	program, renewed := k.program, k.renew
+	k.renew = false
+	time.AfterFunc(pause, func() {
+		var err error
+		if renewed {
+			program, err = openProgram(k.Program)
+		}
+		var s *server
+		if err == nil {
+			s, err = k.startServer(program)
+		}
+		k.events <- started{s, program, renewed, err}
+	})
+}
+
+func (k *keeper) serverStarted(e started) {
+	k.turning = false
+	switch {
+	case e.err != nil && e.renewed:
+		if e.program != nil {
+			e.program.Close()
+		}
+		k.Log.Error("the new server does not start: the old one stays", "error", e.err)
+	case e.err != nil && k.stopping:
+		k.stopped = e.err
+	case e.err != nil:
+		k.pause = min(max(2*k.pause, minPause), maxPause)
+		k.Log.Error("the server does not start: VMs wait", "error", e.err, "pause", k.pause)
+	default:
+		if e.renewed {
+			k.program.Close()
+			k.program = e.program
+		}
+		old := k.current
+		k.current = e.server
+		k.servers[e.server] = true
+		k.watch(e.server)
+		k.Log.Info("serving again", "pid", e.server.pid(), "connections", len(k.conns))
+		for id, c := range k.conns {
+			if c.server == nil {
+				k.give(id, c)
+			}
+		}
+		if old != nil {
+			old.end(msgHandOver)
+		}
+		if k.stopping {
+			e.server.end(msgStop)
+		}
+	}
+	if !k.stopping && (k.current == nil || k.renew) {
+		k.start(k.pause)
+	}
+}
+
+// serverEnded goes on without a server, whose last word has been heard.
+func (k *keeper) serverEnded(s *server, err error) {
+	delete(k.servers, s)
+	s.control.Close()
+	lived := time.Since(s.began)
+	if s == k.current {
+		k.current = nil
+	}
+	lost := 0
+	for id, c := range k.conns {
+		if c.server == s {
+			lost++
+			k.give(id, c)
+		}
+	}
+	switch {
+	case s.stopped && err == nil:
+		return
+	case k.stopping:
+		k.stopped = fmt.Errorf("the server died: %w", err)
+		return
+	case err == nil:
+		err = errors.New("it left without being told to")
+	}
+	if k.current != nil { // it was handing over
+		k.Log.Error("an old server died: the new one goes on", "error", err, "pid", s.pid(), "connections", lost)
+		return
+	}
+	if k.pause = min(max(2*k.pause, minPause), maxPause); lived > steady {
+		k.pause = 0
+	}
+	k.Log.Error("the server died: VMs wait for the next one", "error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond), "connections", lost, "pause", k.pause)
+	k.start(k.pause)
+}
+
+// stop lets the servers answer what is in work. One that is being started gets
+// its connections first.
+func (k *keeper) stop() {
+	k.stopping = true
+	if k.name != nil {
+		k.name.Release()
+	}
+	for s := range k.servers {
+		s.end(msgStop)
+	}
+}
+
+// killServers ends what stop has not.
+func (k *keeper) killServers() {
+	for s := range k.servers {
+		s.cmd.Process.Kill()
+	}
+}
+
+// accept takes connections until the listener is shut down. Beyond
+// MaxConnections clients wait in the backlog, and so they do while there is no
+// descriptor or memory for them.
+func (k *keeper) accept() {
+	for {
+		select {
+		case k.room <- struct{}{}:
+		default:
+			k.Log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", k.MaxConnections)
+			k.room <- struct{}{}
+		}
+		for {
+			fd, _, err := unix.Accept4(k.name.Listener, unix.SOCK_CLOEXEC)
+			if err == nil {
+				k.events <- accepted{fd}
+				break
+			}
+			switch err {
+			case unix.EINVAL: // Release has shut the listener down
+				return
+			case unix.EINTR, unix.ECONNABORTED:
+			default:
+				k.Log.Warn("can't accept a connection yet", "error", err)
+				time.Sleep(noRoomPause)
+			}
+		}
+	}
+}
+
+// openProgram returns a program that is to be started by its descriptor: its
+// name may hold another version by now.
+func openProgram(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open the program", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 func writePIDFile(path string) error {

@@ -166,36 +166,3 @@ func TestClaims(t *testing.T) {
 	helpertest.AwaitName(t, next, name)
 	helpertest.Dial(t, name).Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
 }
-
-// All threads of the server are shut in, whoever started it.
-func TestConfinement(t *testing.T) {
-	dir := t.TempDir()
-	name := filepath.Join(helpertest.ShortDir(t), "s")
-	p := helpertest.Start(t, helpertest.Command{
-		Path: helpertest.Ours(t),
-		Args: []string{"-n", "-p", dir, "-s", name, "-u", "0", "-g", "0"},
-		Cred: &syscall.Credential{Groups: []uint32{4, 24}},
-	})
-	helpertest.AwaitName(t, p, name)
-	for range 20 {
-		helpertest.Dial(t, name).Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/d" + strconv.Itoa(len(name))), UID: 1000, GID: 1000})
-		os.Remove(filepath.Join(dir, "d"+strconv.Itoa(len(name))))
-	}
-	const seven = 0x80000db
-	for _, pid := range []int{p.PID, p.Server()} {
-		for _, tid := range helpertest.Threads(t, pid) {
-			st := helpertest.Status(t, fmt.Sprintf("%d/task/%s", pid, tid))
-			for _, set := range []string{"CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"} {
-				if v, err := strconv.ParseUint(st[set], 16, 64); err != nil || v&^seven != 0 {
-					t.Errorf("%d: %s %s, %v", pid, set, st[set], err)
-				}
-			}
-			if st["NoNewPrivs"] != "1" || st["Groups"] != "" {
-				t.Errorf("%d: NoNewPrivs %s, groups %q", pid, st["NoNewPrivs"], st["Groups"])
-			}
-			if root, _ := os.Readlink(fmt.Sprintf("/proc/%d/task/%s/root", pid, tid)); pid != p.PID && root != dir {
-				t.Errorf("a server's thread has the root %s", root)
-			}
-		}
-	}
-}

@@ -1,0 +1,207 @@
+package pool
+
+import (
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/valyala/bytebufferpool"
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/ops"
+	"virtfs-proxy-helper/pool/journal"
+)
+
+// conn is a connection. It rests in the epoll loop, or has a turn on a thread;
+// all fields but those marked are the turn's alone.
+type conn struct {
+	srv  *Server
+	id   uint32 // the keeper's number of it
+	fd   int
+	slot *journal.Slot // what has been received and is in work
+
+	recovered bool // what another server has left is done
+	turn      turn // good during a turn
+
+	pace   pace
+	seat   bool          // taken from the crowd
+	served atomic.Uint64 // answers, for Server.count
+	count  uint64        // of them; under Server.mu
+}
+
+// turn is what a connection needs while it is served.
+type turn struct {
+	call    ops.Call
+	request *bytebufferpool.ByteBuffer // the payload: it is decoded in place
+	answer  *bytebufferpool.ByteBuffer // call.Out
+}
+
+var buffers bytebufferpool.Pool
+
+// outcome is how a turn ends.
+type outcome int
+
+const (
+	resting outcome = iota // nothing asked for long
+	left                   // by the client, or to be closed
+	leaving                // to another server
+	stray                  // to be gone on with on another thread
+)
+
+// prepare makes fd a blocking socket whose recv waits for sleepFor at most.
+// With a timeout a signal interrupts recv for sure (signal(7)), which the Go
+// runtime relies on when it wants to stop a thread in a raw call.
+func prepare(fd int) error {
+	if err := unix.SetNonblock(fd, false); err != nil {
+		return err
+	}
+	tv := unix.NsecToTimeval(sleepFor.Nanoseconds())
+	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
+}
+
+// take is a turn: it serves what has come and all that comes while the
+// connection stays (stay.go).
+func (c *conn) take() outcome {
+	beginThread()
+	c.turn.request, c.turn.answer = buffers.Get(), buffers.Get()
+	c.turn.call.Out = c.turn.answer.B
+	defer func() {
+		c.turn.answer.B = c.turn.call.Out
+		buffers.Put(c.turn.request)
+		buffers.Put(c.turn.answer)
+		c.turn = turn{}
+		c.giveSeat()
+	}()
+	if !c.recovered {
+		c.recovered = true
+		if end := c.recover(); end != resting || c.slot.Pending() == 0 {
+			return end
+		}
+	}
+	for {
+		if end := c.serveFrames(); end != resting {
+			return end
+		}
+		switch n := c.await(); {
+		case c.srv.handingOver.Load():
+			return leaving
+		case n < 0:
+			return left
+		case n == 0:
+			c.slot.Rest()
+			return resting
+		}
+	}
+}
+
+// serveFrames serves the whole frames that have come. It ends with resting if
+// nothing stands against going on.
+func (c *conn) serveFrames() outcome {
+	for {
+		t, payload, ok, err := c.slot.Frame()
+		if err != nil {
+			c.log().Warn("connection closed: not the proxy protocol", "request", t.String(), "error", err)
+			return left
+		}
+		if !ok {
+			return resting
+		}
+		c.slot.Begin()
+		c.do(t, payload)
+		if end := c.answer(t, len(payload), 0); end != resting {
+			return end
+		}
+		if c.srv.handingOver.Load() {
+			return leaving
+		}
+	}
+}
+
+// do does one request, in a copy of its own.
+func (c *conn) do(t codec.Type, payload []byte) {
+	c.turn.request.Set(payload)
+	c.srv.workers.Begin()
+	c.srv.fs.Do(t, c.turn.request.B, &c.turn.call)
+	c.srv.workers.End()
+}
+
+// answer sends the answer that do has left, less what was sent before. size is
+// that of the request's payload.
+func (c *conn) answer(t codec.Type, size, sent int) outcome {
+	call := &c.turn.call
+	c.answering()
+	errno := c.slot.Send(c.fd, call.Out, sent, call.FD)
+	if call.FD >= 0 {
+		unix.Close(call.FD)
+		// The kernel may be out of room for descriptors under way, which
+		// is an answer, too.
+		if errno != 0 && errno != unix.EPIPE && errno != unix.ECONNRESET {
+			call.Out = codec.AppendErrno(call.Out[:0], t, errno)
+			errno = c.slot.Send(c.fd, call.Out, 0, -1)
+		}
+	}
+	if errno != 0 {
+		return left
+	}
+	c.slot.Done(size)
+	if call.Stray {
+		c.log().Error("a thread could not take back the identity of a request: it serves no other", "request", t.String())
+		return stray
+	}
+	return resting
+}
+
+// recover answers the request that a server has died over, if there is one: it
+// is done again where that harms nothing and no second server is risked.
+func (c *conn) recover() outcome {
+	w, ok, err := c.slot.Recover()
+	if err != nil {
+		c.log().Error("connection closed", "error", err)
+		return left
+	}
+	if !ok {
+		return resting
+	}
+	c.turn.request.Set(w.Payload)
+	again := w.Tries == 0 && ops.Repeatable(w.Type, c.turn.request.B)
+	c.log().Warn("a server has died over a request", "request", w.Type.String(), "again", again)
+	call := &c.turn.call
+	if again {
+		c.do(w.Type, w.Payload)
+	} else {
+		call.Out, call.FD = codec.AppendErrno(call.Out[:0], w.Type, unix.EIO), -1
+	}
+	if w.Sent > 0 && len(call.Out) != w.Total {
+		c.log().Error("connection closed: half of an answer was sent", "request", w.Type.String())
+		return left
+	}
+	return c.answer(w.Type, len(w.Payload), w.Sent)
+}
+
+// refuse lets the kernel refuse what the client sends from now on; what it has
+// sent already can still be read.
+func (c *conn) refuse() { unix.Shutdown(c.fd, unix.SHUT_RD) }
+
+// close closes the server's descriptor of the connection. The client notices
+// if it has ended, although the keeper has a descriptor as well.
+func (c *conn) close(ended bool) {
+	if ended {
+		unix.Shutdown(c.fd, unix.SHUT_RDWR)
+	}
+	unix.Close(c.fd)
+}
+
+func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.id) }
+
+// readable waits until bytes or the end of the stream have come; false when
+// nothing has within d, or a handing over has begun.
+func (c *conn) readable(d time.Duration) bool {
+	fds := [2]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}, {Fd: int32(c.srv.bell), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(fds[:], int(d.Milliseconds()))
+		if err != unix.EINTR {
+			return err == nil && fds[0].Revents != 0
+		}
+	}
+}

@@ -1,0 +1,372 @@
+// Package journal keeps what a connection has in work in memory that outlives
+// the server: when a server dies, by kill -9 at any instruction, the next one
+// finds every byte that the client has sent and knows whether it was answered.
+//
+// The memory is a memfd that the keeper makes and every server maps. It has a
+// slot for each connection: a page of records and the inbox, where the socket's
+// bytes are received to.
+//
+// # How nothing is lost and nothing answered twice
+//
+// Between a system call's return and the next instruction a server may die, or
+// be preempted for long and then die. So what recv and send have done is noted
+// by the kernel itself: [Slot.Receive] is recvmmsg and [Slot.Send] is sendmmsg,
+// of one message, and the kernel stores the number of bytes in msg_len of the
+// struct mmsghdr, which lies in the slot, before the call can be left. Beside
+// msg_len, in the structure's padding, stands the sum of all calls before; both
+// are written as one word. The bytes of the inbox are never changed, so that a
+// request can be decoded once more.
+//
+// # Trust
+//
+// The keeper makes and clears slots, and reads nothing of them. A server
+// believes what it finds only after [Slot.Recover] has checked it.
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+)
+
+const (
+	pageSize = 4096
+
+	// inboxSize holds the largest frame behind any other: what is left of a
+	// frame always fits in front of where it lies.
+	inboxSize = 2 * codec.MaxFrame
+
+	slotSize = (headSize + inboxSize + pageSize - 1) &^ (pageSize - 1)
+
+	// chunk is what is received at once, in bytes, unless a frame is known to
+	// be longer; small is what then fits in two pages.
+	chunk = 4096
+	small = 2*pageSize - headSize
+)
+
+// Create returns the memory of n slots, all of them empty. It takes pages
+// where slots are used, and can't change its size any more.
+func Create(n int) (*os.File, error) {
+	fd, err := unix.MemfdCreate("journal", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("journal: memfd_create: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "journal")
+	err = unix.Ftruncate(fd, int64(n)*slotSize)
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	return f, nil
+}
+
+// Clear empties a slot that no server uses, and gives its memory back.
+func Clear(f *os.File, slot uint32) error {
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(slot)*slotSize, slotSize)
+}
+
+// Journal is the memory as a server sees it.
+type Journal struct{ mem []byte }
+
+// Map maps the memory that Create has made, for the life of the process.
+func Map(f *os.File) (*Journal, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("journal: mmap: %w", err)
+	}
+	return &Journal{mem}, nil
+}
+
+// Slot returns a slot; nil if there is none of that number.
+func (j *Journal) Slot(n uint32) *Slot {
+	if uint64(n) >= uint64(len(j.mem)/slotSize) {
+		return nil
+	}
+	b := j.mem[int(n)*slotSize:][:slotSize:slotSize]
+	s := &Slot{mem: b, head: (*head)(unsafe.Pointer(unsafe.SliceData(b))), inbox: b[headSize : headSize+inboxSize]}
+	s.prepare()
+	return s
+}
+
+// head is a slot's records in shared memory. Its pointers are good in the
+// process that has set them (prepare) alone.
+type head struct {
+	rx  [2]message // the one in use is rx[cur]
+	cur uint32
+
+	frame uint32 // offset in the inbox of the request in work
+	phase uint32 // idle, begun, or the length of the answer that is being sent
+	tries uint32 // how often a server has died over the request
+	tx    message
+
+	control struct { // of tx
+		hdr unix.Cmsghdr
+		fd  int32
+		_   int32
+	}
+}
+
+const headSize = 512
+
+var _ [headSize - unsafe.Sizeof(head{})]byte // it fits
+
+const (
+	idle  = 0
+	begun = 1 // answers are longer
+)
+
+// message is a struct mmsghdr with one iovec.
+type message struct {
+	hdr   msghdr
+	count counter
+	iov   struct{ base, len uintptr }
+	start uint32 // rx: offset of the first byte that has not been served
+}
+
+// msghdr is the kernel's struct msghdr, without Go pointers: it lies outside
+// of Go's memory.
+type msghdr struct {
+	name       uintptr
+	namelen    uint32
+	iov        uintptr
+	iovlen     uint64
+	control    uintptr
+	controllen uint64
+	flags      int32
+	_          int32
+}
+
+// counter counts bytes: len, which the kernel sets, since base was. It is a
+// single word so that both change at once.
+type counter struct{ len, base uint32 }
+
+func (c *counter) total() uint32 { return c.base + c.len }
+
+// set makes n the total.
+func (c *counter) set(n uint32) {
+	v := counter{base: n}
+	atomic.StoreUint64((*uint64)(unsafe.Pointer(c)), *(*uint64)(unsafe.Pointer(&v)))
+}
+
+// Slot is one connection's part of the journal. It is used by one thread at a
+// time, in this order: Receive, Frame, Begin, Send, Done.
+type Slot struct {
+	mem   []byte
+	head  *head
+	inbox []byte
+	grown bool // beyond small, since Rest
+}
+
+func (s *Slot) prepare() {
+	h := s.head
+	for _, m := range []*message{&h.rx[0], &h.rx[1], &h.tx} {
+		m.hdr = msghdr{iov: address(&m.iov), iovlen: 1}
+	}
+}
+
+func address[T any](p *T) uintptr { return uintptr(unsafe.Pointer(p)) }
+
+// Receive is recv(2): it returns how many bytes have come, 0 at the end of the
+// stream. It is a raw call: it does not announce itself to the scheduler, so
+// the thread keeps its processor while it waits.
+//
+// The rules for a raw call that waits: it ends on a signal, and what follows
+// is a point where the goroutine can be stopped.
+func (s *Slot) Receive(fd int, flags int) (int, unix.Errno) {
+	m := s.room()
+	if n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), address(m), 1, uintptr(flags), 0, 0); errno != 0 || n == 0 {
+		return -1, errno
+	}
+	return int(m.count.len), 0
+}
+
+// room makes the message receive behind what is there already.
+func (s *Slot) room() *message {
+	m := &s.head.rx[s.head.cur&1]
+	end := m.count.total()
+	switch {
+	case end != 0 && end == m.start:
+		// The end falls below the start first: that is empty, too.
+		m.count.set(0)
+		m.start, end = 0, 0
+	case m.count.len != 0:
+		m.count.set(end)
+	}
+	have, want := end-m.start, uint32(chunk)
+	if have >= codec.HeaderSize {
+		if _, size, err := codec.ParseHeader(s.inbox[m.start:end]); err == nil {
+			want = codec.HeaderSize + uint32(size) - have
+		}
+	}
+	if end+want > chunk {
+		// What is left lies behind more than itself, or so near to the front
+		// that a frame fits behind it.
+		if have <= m.start {
+			m, end = s.moveToFront(m, have), have
+		}
+		s.grown = s.grown || end+want > small
+	}
+	m.iov.base, m.iov.len = address(&s.inbox[end]), uintptr(min(want, inboxSize-end))
+	return m
+}
+
+// moveToFront copies what has not been served to the front of the inbox, which
+// is free, and then switches to the other message, at once.
+func (s *Slot) moveToFront(m *message, have uint32) *message {
+	copy(s.inbox, s.inbox[m.start:m.start+have])
+	next := 1 - s.head.cur&1
+	to := &s.head.rx[next]
+	to.count.set(have)
+	to.start = 0
+	atomic.StoreUint32(&s.head.cur, next)
+	return to
+}
+
+// Frame returns the next request if all of it has come. An error ends the
+// connection. The payload lies in the inbox and must not be changed.
+func (s *Slot) Frame() (t codec.Type, payload []byte, ok bool, err error) {
+	m := &s.head.rx[s.head.cur&1]
+	b := s.inbox[m.start:m.count.total()]
+	if len(b) < codec.HeaderSize {
+		return 0, nil, false, nil
+	}
+	t, size, err := codec.ParseHeader(b)
+	if err != nil || len(b) < codec.HeaderSize+size {
+		return t, nil, false, err
+	}
+	return t, b[codec.HeaderSize : codec.HeaderSize+size], true, nil
+}
+
+// Pending returns how many bytes have come that have not been served.
+func (s *Slot) Pending() int {
+	m := &s.head.rx[s.head.cur&1]
+	return int(m.count.total() - m.start)
+}
+
+// Begin notes that the request that Frame has returned is in work.
+func (s *Slot) Begin() {
+	h := s.head
+	h.frame = h.rx[h.cur&1].start
+	h.tx.count.set(0)
+	atomic.StoreUint32(&h.phase, begun)
+}
+
+// Send sends the answer, with the descriptor passed in the same message unless
+// it is -1. The descriptor goes with the first byte. A client that does not
+// read is waited for, on this thread alone. sent is how much of the answer has
+// been sent before, by a server that died.
+func (s *Slot) Send(fd int, b []byte, sent, passed int) unix.Errno {
+	h := s.head
+	m := &h.tx
+	m.hdr.control, m.hdr.controllen = 0, 0
+	if passed >= 0 {
+		h.control.hdr = unix.Cmsghdr{Level: unix.SOL_SOCKET, Type: unix.SCM_RIGHTS}
+		h.control.hdr.SetLen(unix.CmsgLen(4))
+		h.control.fd = int32(passed)
+		m.hdr.control, m.hdr.controllen = address(&h.control), uint64(unix.CmsgSpace(4))
+	}
+	if sent != 0 {
+		m.count.set(uint32(sent))
+	}
+	atomic.StoreUint32(&h.phase, uint32(len(b)))
+	for {
+		m.iov.base, m.iov.len = address(&b[sent]), uintptr(len(b)-sent)
+		_, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+		if errno == unix.EAGAIN {
+			_, _, errno = unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL, 0, 0)
+		}
+		if errno != 0 && errno != unix.EINTR {
+			return errno
+		}
+		if sent = int(m.count.total()); sent == len(b) {
+			return 0
+		}
+		if errno == 0 {
+			m.count.set(uint32(sent))
+			m.hdr.control, m.hdr.controllen = 0, 0
+		}
+	}
+}
+
+// Done notes that the request in work, of size bytes of payload, is answered.
+func (s *Slot) Done(size int) {
+	h := s.head
+	h.rx[h.cur&1].start = h.frame + codec.HeaderSize + uint32(size)
+	h.tries = 0
+	atomic.StoreUint32(&h.phase, idle)
+}
+
+// Rest gives memory back that a long frame has taken.
+func (s *Slot) Rest() {
+	if m := &s.head.rx[s.head.cur&1]; s.grown && m.count.total() <= small {
+		s.grown = false
+		unix.Madvise(s.mem[headSize+small:], unix.MADV_REMOVE)
+	}
+}
+
+// Work is the request that a server has died over.
+type Work struct {
+	Type    codec.Type
+	Payload []byte
+	Tries   int // servers that have died over it before that one
+	Total   int // length of the answer, if it had got so far
+	Sent    int // of the answer
+}
+
+var errDamaged = errors.New("the journal of the connection is damaged")
+
+// Recover returns what the last server had in work when it died, if anything:
+// begun, and not wholly answered. It is to be answered, and Done.
+func (s *Slot) Recover() (Work, bool, error) {
+	h := s.head
+	if h.cur > 1 {
+		return Work{}, false, errDamaged
+	}
+	m := &h.rx[h.cur]
+	phase := h.phase
+	if phase != idle {
+		m.start = h.frame
+	}
+	end := uint64(m.count.base) + uint64(m.count.len)
+	switch {
+	case end > inboxSize || m.start > inboxSize:
+		return Work{}, false, errDamaged
+	case uint64(m.start) > end: // died in room
+		m.count.set(0)
+		m.start = 0
+	}
+	s.grown = true
+	if phase == idle {
+		return Work{}, false, nil
+	}
+	t, payload, ok, err := s.Frame()
+	if !ok || err != nil || phase > codec.MaxFrame {
+		return Work{}, false, errDamaged
+	}
+	w := Work{Type: t, Payload: payload, Tries: int(h.tries)}
+	if phase != begun {
+		w.Total, w.Sent = int(phase), int(h.tx.count.total())
+	}
+	if w.Sent > w.Total {
+		return Work{}, false, errDamaged
+	}
+	if phase != begun && w.Sent == w.Total {
+		s.Done(len(payload))
+		return Work{}, false, nil
+	}
+	h.tries++
+	return w, true, nil
+}
