@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"virtfs-proxy-helper/pool/helpertest"
 	"virtfs-proxy-helper/scripts/guestsuite"
 )
 
@@ -61,15 +62,22 @@ var endWithTest = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 // that fails, or the guest does, its words on standard error are the test's.
 func guest(t *testing.T, args ...string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "./guest", append([]string{"--helper", helper, "--timeout", "300"}, args...)...)
+	out, errs, err := script(t, "./guest", append([]string{"--helper", helper, "--timeout", "300"}, args...)...)
+	if err != nil {
+		t.Errorf("scripts/guest %q: %v\n%s%s", args, err, out, errs)
+	}
+	return out
+}
+
+// script runs one of this directory and returns what it prints and how it ended.
+func script(t *testing.T, name string, args ...string) (out, errs string, err error) {
+	cmd := exec.CommandContext(t.Context(), name, args...)
 	cmd.SysProcAttr = endWithTest
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it cleans up
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
-		t.Errorf("scripts/guest %q: %v\n%s%s", args, err, out.String(), errs.String())
-	}
-	return out.String()
+	var outBuffer, errBuffer bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &outBuffer, &errBuffer
+	err = cmd.Run()
+	return outBuffer.String(), errBuffer.String(), err
 }
 
 // A guest may do on the share whatever a program may do on a native file system, and what it then
@@ -126,7 +134,7 @@ func TestSuiteInGuest(t *testing.T) {
 func TestTwoGuestsOnOneSocket(t *testing.T) {
 	alone(t)
 	share := t.TempDir()
-	socket := startHelper(t, share)
+	socket, _ := startHelper(t, share)
 	// Each waits for the other's file, works beside it, and counts both ones' work at the end.
 	const work = `
 		me=$1 peer=$2
@@ -158,6 +166,70 @@ func TestTwoGuestsOnOneSocket(t *testing.T) {
 	}
 }
 
+// While the server is killed every second, and the helper renewed in between, a guest untars a tree
+// and compares what it reads. A change that a server died over answers EIO, and is made again by the
+// guest; nothing else may be seen.
+func TestSurvivalInGuest(t *testing.T) {
+	alone(t)
+	share := t.TempDir()
+	socket, keeper := startHelper(t, share)
+	const work = `
+		mkdir /tree && cd /tree || exit 90
+		for d in $(seq 8); do
+			mkdir $d || exit 91
+			for f in $(seq 12); do seq $d $((d * 100 + f * 37)) >$d/$f || exit 92; done
+		done
+		tar cf /tree.tar . && find . -type f | sort | xargs md5sum >/sums || exit 93
+		touch /mnt/ready
+		for round in $(seq 4); do
+			rm -rf /mnt/tree || rm -rf /mnt/tree || rm -rf /mnt/tree || exit 94
+			mkdir -p /mnt/tree && cd /mnt/tree || exit 95
+			tries=0
+			until tar xf /tree.tar 2>/errors; do
+				grep -v -e 'I/O error' -e 'Input/output error' /errors && exit 96
+				tries=$((tries + 1)); [ $tries -lt 10 ] || exit 97
+				echo "again: $(head -n 1 /errors)"
+			done
+			md5sum -c /sums >/checked 2>&1 || { cat /checked; exit 98; }
+			find . -type f | sort | xargs md5sum | cmp - /sums || exit 99
+		done
+		echo compared`
+	stop, stopped := make(chan struct{}), make(chan int)
+	go func() {
+		kills := 0
+		defer func() { stopped <- kills }()
+		for second := 1; ; second++ {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Second):
+			}
+			if _, err := os.Stat(filepath.Join(share, "ready")); err != nil {
+				continue // the guest boots
+			}
+			if second%5 == 0 {
+				syscall.Kill(keeper, syscall.SIGHUP)
+				continue
+			}
+			for _, pid := range helpertest.Children(keeper) {
+				if syscall.Kill(pid, syscall.SIGKILL) == nil {
+					kills++
+				}
+			}
+		}
+	}()
+	out := guest(t, "--socket", socket, "sh", "-c", work)
+	close(stop)
+	kills := <-stopped
+	t.Logf("%d kills, the guest printed\n%s", kills, out)
+	if !strings.HasSuffix(out, "compared\n") {
+		t.Error("the guest has not come to its end")
+	}
+	if kills < 5 {
+		t.Errorf("%d kills: not much of a test", kills)
+	}
+}
+
 // QEMU and the helper on the two ends of a socket pair, with no name at all.
 func TestInheritedSocket(t *testing.T) {
 	alone(t)
@@ -171,6 +243,66 @@ func TestInheritedSocket(t *testing.T) {
 	}
 }
 
+// The comparison boots all three, and its table has a time of each for each workload.
+func TestCompare(t *testing.T) {
+	alone(t)
+	exports, times := t.TempDir(), filepath.Join(t.TempDir(), "times")
+	out, errs, err := script(t, "./compare", "--helper", helper, "--rounds", "1", "--passes", "1", "--files", "20",
+		"--export", exports, "--times", times, "--", "--timeout", "300")
+	if err != nil {
+		t.Fatalf("%v\n%s%s", err, out, errs)
+	}
+	single, err := os.ReadFile(times)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, workload := range []string{"untar", "find", "ls -lR", "grep -r", "create storm", "rm -rf"} {
+		var row strings.Builder // with one pass in all, the medians are the single times
+		fmt.Fprintf(&row, `(?m)^%s`, workload)
+		for _, who := range []string{"ours", "c", "local"} {
+			seconds := regexp.MustCompile(`(?m)^1\t1\t` + who + `\t` + workload + `\t(\d+\.\d\d)$`).FindSubmatch(single)
+			if seconds == nil {
+				t.Fatalf("no time of %s for %s in\n%s", who, workload, single)
+			}
+			fmt.Fprintf(&row, ` +%s`, regexp.QuoteMeta(string(seconds[1])))
+		}
+		row.WriteString(`( +(\d+\.\d\d|-) +\(.+-.+\)){2}$`)
+		if !regexp.MustCompile(row.String()).MatchString(out) {
+			t.Errorf("no line %s in\n%s", row.String(), out)
+		}
+	}
+	if left, err := os.ReadDir(exports); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// Half a tree takes half the time: such times are never shown.
+func TestCompareFailure(t *testing.T) {
+	alone(t)
+	exports := t.TempDir()
+	if err := syscall.Mount("exports", exports, "tmpfs", 0, "nr_inodes=16"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(exports, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	out, errs, err := script(t, "./compare", "--helper", helper, "--rounds", "1", "--passes", "1", "--files", "20",
+		"--only", "ours", "--export", exports, "--", "--timeout", "300")
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 1 {
+		t.Errorf("ended with %v, want status 1", err)
+	}
+	if out != "" {
+		t.Errorf("printed\n%s", out)
+	}
+	for _, want := range []string{"untar: status", "No space left on device"} {
+		if !strings.Contains(errs, want) {
+			t.Errorf("does not say %q, but\n%s", want, errs)
+		}
+	}
+}
+
 // alone is for a test that boots guests: not with -short, and beside others of its kind.
 func alone(t *testing.T) {
 	if testing.Short() {
@@ -180,7 +312,7 @@ func alone(t *testing.T) {
 }
 
 // startHelper serves share, for QEMU run by nobody as scripts/guest does it, until the test ends.
-func startHelper(t *testing.T, share string) (socket string) {
+func startHelper(t *testing.T, share string) (socket string, keeper int) {
 	t.Helper()
 	nobody, err := user.Lookup("nobody")
 	if err != nil {
@@ -225,7 +357,7 @@ func startHelper(t *testing.T, share string) (socket string) {
 		info, err := os.Lstat(socket)
 		return err == nil && info.Mode().Type() == os.ModeSocket
 	})
-	return socket
+	return socket, cmd.Process.Pid
 }
 
 // waitFor gives what something so long to be there.
