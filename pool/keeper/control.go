@@ -68,14 +68,24 @@ func inherited(fd int, name string) *os.File {
 // Close closes this end.
 func (c *Control) Close() error { return c.file.Close() }
 
+// send sends a message. The end may be closed meanwhile: its descriptor stays
+// until this returns.
 func (c *Control) send(k kind, body, oob []byte, flags int) error {
 	msg := append([]byte{byte(k)}, body...)
-	for {
-		err := unix.Sendmsg(int(c.file.Fd()), msg, oob, nil, unix.MSG_NOSIGNAL|flags)
-		if err != unix.EINTR {
-			return err
-		}
+	raw, err := c.file.SyscallConn()
+	if err != nil {
+		return err
 	}
+	closed := raw.Control(func(fd uintptr) {
+		err = unix.EINTR
+		for err == unix.EINTR {
+			err = unix.Sendmsg(int(fd), msg, oob, nil, unix.MSG_NOSIGNAL|flags)
+		}
+	})
+	if closed != nil {
+		return os.ErrClosed
+	}
+	return err
 }
 
 // sendConn sends a message about a connection, with its descriptor unless that

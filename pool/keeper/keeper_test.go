@@ -86,9 +86,10 @@ func TestRefusals(t *testing.T) {
 func TestDaemon(t *testing.T) {
 	dir := helpertest.ShortDir(t)
 	name, pidfile := filepath.Join(dir, "s"), filepath.Join(dir, "pid")
+	ours := helpertest.Ours(t)
 	umask := unix.Umask(0o777)
 	status, out := helpertest.Run(t, helpertest.Command{
-		Path: helpertest.Ours(t), Dir: dir,
+		Path: ours, Dir: dir,
 		Args: []string{"--path=.", "--socket", "s", "--uid=65534", "-g65533", "--pidfile", "pid"},
 		Env:  []string{"SECRET=of the caller"},
 	})
