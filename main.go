@@ -23,6 +23,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"time"
@@ -124,6 +125,7 @@ func parseOptions(args []string) (*options, error) {
 		"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\nsquash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
 	f.Var(&o.fs.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
 	f.StringVar((*string)(&o.confine.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
+	f.StringVar((*string)(&o.confine.Seccomp), "seccomp", "kill", "a server that makes a system call it has no use for is killed, or for debugging: log, none; `HOW`")
 	f.StringVar(&o.pidfile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
 	f.StringVar(&level, "log-level", "info", "debug (each request), info, warn or error: `LEVEL` of what is logged")
 	version := f.Bool("version", false, "print the version and leave")
@@ -169,6 +171,8 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--workers %d: not within 1 to 1024", o.workers)
 	case !o.confine.Sandbox.Valid():
 		return bad("--sandbox %q: not one of namespace, chroot, none", o.confine.Sandbox)
+	case !o.confine.Seccomp.Valid():
+		return bad("--seccomp %q: not one of kill, log, none", o.confine.Seccomp)
 	}
 	o.uid, o.gid = int(uid), int(gid)
 	o.confine.ReadOnly = o.fs.ReadOnly && o.confine.Sandbox == confine.SandboxNamespace
@@ -270,6 +274,8 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 // serve is the server. It gets its connections from the keeper, and ends when
 // told to; or, should the keeper be gone, with its last client.
 func serve(opts *options) error {
+	// They are the keeper's; systemd sends them to all processes of a service.
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	log := newLog(opts, os.Stderr)
 	if err := pool.CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
@@ -315,6 +321,12 @@ func newServer(opts *options, control *keeper.Control, log *slog.Logger) (*pool.
 	inside, err := opts.confine.Enter(keeper.ExportFD, log)
 	if err != nil {
 		return nil, err
+	}
+	if inside.Violations != nil {
+		if err := control.SendFilter(inside.Violations); err != nil {
+			return nil, fmt.Errorf("send the filter: %w", err)
+		}
+		inside.Violations.Close()
 	}
 	fs, err := ops.New(inside.FDs, opts.fs, log)
 	if err != nil {

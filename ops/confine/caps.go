@@ -70,9 +70,15 @@ func (c Config) Check() error {
 // the permitted set, for a server inherits by execve what both that and the
 // bounding set have.
 func (c Config) Keep() error {
-	if c.Sandbox == SandboxNone {
-		return nil
+	if c.Sandbox != SandboxNone {
+		if err := c.dropKeeper(); err != nil {
+			return err
+		}
 	}
+	return c.filterKeeper()
+}
+
+func (c Config) dropKeeper() error {
 	permitted := append(c.starts(), kept...)
 	// Where they can be had: a server takes a detached /proc/self/fd if it is
 	// not in a namespace, too, and calms its runtime's monitor thread.

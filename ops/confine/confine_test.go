@@ -93,7 +93,7 @@ func TestThreads(t *testing.T) {
 		})
 	}
 	t.Run("none", func(t *testing.T) {
-		p, _ := listen(t, export(t), "--sandbox=none")
+		p, _ := listen(t, export(t), "--sandbox=none", "--seccomp=none")
 		mine := threadCaps(t, helpertest.Status(t, "self"))
 		for _, pid := range []int{p.PID, p.Server()} {
 			// Threads of the server that have made files have less in effect.

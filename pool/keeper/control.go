@@ -25,6 +25,7 @@ const (
 
 // To the keeper.
 const (
+	msgFilter   kind = 'f' // its violations, by descriptor, are to be supervised
 	msgReady    kind = 'r' // connections are taken
 	msgError    kind = 'e' // the server can't start: text
 	msgEnded    kind = 'x' // connection u32 has ended
@@ -140,6 +141,11 @@ func (c *Control) recv() (message, error) {
 // SendReady tells the keeper that the server takes connections.
 func (c *Control) SendReady() error { return c.send(msgReady, nil, nil, 0) }
 
+// SendFilter lets the keeper supervise the server.
+func (c *Control) SendFilter(violations *os.File) error {
+	return c.send(msgFilter, nil, unix.UnixRights(int(violations.Fd())), 0)
+}
+
 // SendError tells the keeper why the server can't start.
 func (c *Control) SendError(err error) error {
 	text := err.Error()
@@ -156,15 +162,19 @@ func (c *Control) SendGone(id uint32, ended bool) error {
 }
 
 // awaitReady waits until the server takes connections.
-func (c *Control) awaitReady() error {
-	m, err := c.recv()
-	switch {
-	case err != nil:
-		return err
-	case m.kind == msgReady:
-		return nil
-	default:
-		return errors.New(string(m.body))
+func (c *Control) awaitReady(supervise func(violations *os.File)) error {
+	for {
+		m, err := c.recv()
+		switch {
+		case err != nil:
+			return err
+		case m.kind == msgFilter && m.fd >= 0:
+			supervise(os.NewFile(uintptr(m.fd), "violations"))
+		case m.kind == msgReady:
+			return nil
+		default:
+			return errors.New(string(m.body))
+		}
 	}
 }
 

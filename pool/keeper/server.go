@@ -8,6 +8,8 @@ import (
 	"os/exec"
 	"syscall"
 	"time"
+
+	"virtfs-proxy-helper/ops/confine"
 )
 
 // server is a server process.
@@ -44,7 +46,10 @@ func (k *keeper) startServer(program *os.File) (*server, error) {
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	theirs.Close()
-	if err := control.awaitReady(); err != nil {
+	supervise := func(violations *os.File) {
+		go k.Confine.Supervise(violations, func(call string) { k.violated(cmd.Process, call) })
+	}
+	if err := control.awaitReady(supervise); err != nil {
 		control.Close()
 		status := cmd.Wait()
 		if errors.Is(err, io.EOF) {
@@ -53,6 +58,16 @@ func (k *keeper) startServer(program *os.File) (*server, error) {
 		return nil, err
 	}
 	return &server{cmd: cmd, control: control, began: time.Now()}, nil
+}
+
+// violated acts on a system call that a server has no use for.
+func (k *keeper) violated(server *os.Process, call string) {
+	if k.Confine.Seccomp == confine.SeccompLog {
+		k.Log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
+		return
+	}
+	k.Log.Error("killing the server: it tries a system call that it has no use for", "call", call, "pid", server.Pid)
+	server.Kill()
 }
 
 // watch passes on what a server says and, after its last word, that it has

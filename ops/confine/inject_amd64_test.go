@@ -1,0 +1,81 @@
+package confine_test
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/helpertest"
+)
+
+// inject has a sleeping thread of a process make a system call, as code that
+// an attacker runs there would.
+func inject(t *testing.T, pid int, call uint64) {
+	t.Helper()
+	runtime.LockOSThread() // a tracer is a thread
+	defer runtime.UnlockOSThread()
+	tid := sleeping(t, pid)
+	if err := unix.PtraceSeize(tid); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.PtraceDetach(tid)
+	if err := unix.PtraceInterrupt(tid); err != nil {
+		t.Fatal(err)
+	}
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(tid, &status, unix.WALL, nil); err != nil || !status.Stopped() {
+		t.Fatalf("thread %d: %v, %#x", tid, err, status)
+	}
+	var regs unix.PtraceRegs
+	if err := unix.PtraceGetRegs(tid, &regs); err != nil {
+		t.Fatal(err)
+	}
+	regs.Rip -= 2 // the instruction before is the system call that it sleeps in
+	regs.Rax = call
+	regs.Orig_rax = ^uint64(0) // which is not to go on
+	if err := unix.PtraceSetRegs(tid, &regs); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func sleeping(t *testing.T, pid int) int {
+	t.Helper()
+	found := 0
+	helpertest.Eventually(t, "a thread sleeps in a system call", func() bool {
+		for _, tid := range helpertest.Threads(t, pid) {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/syscall", pid, tid))
+			if err == nil && strings.HasPrefix(string(b), fmt.Sprint(unix.SYS_FUTEX, " ")) {
+				fmt.Sscan(tid, &found)
+				return true
+			}
+		}
+		return false
+	})
+	return found
+}
+
+// A server that makes a call which is not on its list is killed and named, and
+// its VMs go on with the next one.
+func TestViolation(t *testing.T) {
+	for _, mode := range []string{"namespace", "chroot"} {
+		t.Run(mode, func(t *testing.T) {
+			p, name := listen(t, export(t), "--sandbox="+mode)
+			c := helpertest.Dial(t, name)
+			c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+			for call, number := range map[string]uint64{"socket": unix.SYS_SOCKET, "execve": unix.SYS_EXECVE, "ptrace": unix.SYS_PTRACE} {
+				server := p.Server()
+				inject(t, server, number)
+				helpertest.Eventually(t, "the call is named", func() bool {
+					return p.Logged(fmt.Sprintf("call=%s pid=%d", call, server))
+				})
+				helpertest.Eventually(t, "there is another server", func() bool { return p.Server() != server && p.Server() != 0 })
+				c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+			}
+		})
+	}
+}

@@ -1,0 +1,108 @@
+package confine
+
+import (
+	"os"
+
+	"github.com/elastic/go-seccomp-bpf"
+	"github.com/elastic/go-seccomp-bpf/arch"
+	"golang.org/x/sys/unix"
+)
+
+// The lists name a call as every architecture does that has it; one that an
+// architecture lacks is left out.
+
+// runtimeCalls are what Go, and with cgo the C library, needs once it runs.
+var runtimeCalls = []string{
+	"brk", "clock_gettime", "clock_nanosleep", "close", "exit", "exit_group", "futex", "getpid", "getrandom", "gettid",
+	"madvise", "mincore", "munmap", "nanosleep", "restart_syscall", "rseq", "rt_sigaction", "rt_sigprocmask",
+	"rt_sigreturn", "sched_getaffinity", "sched_yield", "set_robust_list", "sigaltstack",
+	"epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_wait", "eventfd2", "pipe2", "poll", "ppoll",
+	"read", "write", "fcntl", "fstat",
+}
+
+// serviceCalls are a connection's: the control to the keeper, frames, answers.
+var serviceCalls = []string{"recvmmsg", "recvmsg", "sendmmsg", "sendmsg", "shutdown"}
+
+// fileCalls are what requests do (package ops), and as whom.
+var fileCalls = []string{
+	"chdir", "fchdir", "fchmodat", "fchownat", "lgetxattr", "linkat", "llistxattr", "lremovexattr", "lsetxattr",
+	"mkdirat", "mknodat", "name_to_handle_at", "newfstatat", "openat", "readlinkat", "renameat", "renameat2", "statfs",
+	"symlinkat", "truncate", "unlinkat", "utimensat",
+	"capset", "setresgid", "setresuid",
+}
+
+// startCalls are what it takes beside the above to start a process, to confine
+// a server, and to own a socket's name.
+var startCalls = []string{
+	"arch_prctl", "access", "capget", "chroot", "close_range", "dup", "dup3", "execve", "execveat", "faccessat", "faccessat2",
+	"fallocate", "ftruncate", "getcwd", "getdents64", "getegid", "geteuid", "getgid", "getppid", "getrlimit",
+	"getsockname", "getsockopt", "getuid", "lseek", "memfd_create", "mount", "mount_setattr", "move_mount", "mremap",
+	"open_tree", "openat2", "pidfd_open", "pidfd_send_signal", "pivot_root", "pread64", "prlimit64", "seccomp",
+	"set_tid_address", "setgid", "setgroups", "setpgid", "setrlimit", "setsid", "sysinfo", "tgkill", "umask", "umount2", "uname",
+	"unshare", "kill", "wait4", "waitid",
+	"accept4", "bind", "connect", "flock", "inotify_add_watch", "inotify_init1", "inotify_rm_watch", "listen",
+	"sendto", "socket", "socketpair", "tkill",
+	"clone", "ioctl", "mmap", "mprotect", "prctl", "setsockopt",
+}
+
+// serverCalls is what a server may do once it is confined.
+func serverCalls() []seccomp.SyscallGroup {
+	return list([][]string{runtimeCalls, serviceCalls, fileCalls}, []seccomp.NameWithConditions{
+		// Threads, no processes.
+		only("clone", seccomp.Condition{Argument: 0, Operation: seccomp.BitsSet, Value: unix.CLONE_THREAD}),
+		// No memory becomes code.
+		only("mmap", seccomp.Condition{Argument: 2, Operation: seccomp.BitsNotSet, Value: unix.PROT_EXEC}),
+		only("mprotect", seccomp.Condition{Argument: 2, Operation: seccomp.BitsNotSet, Value: unix.PROT_EXEC}),
+		// Signals to its own threads.
+		only("tgkill", equal(0, uint64(os.Getpid()))),
+		// FS_IOC_GETVERSION. The kernel looks at 32 bits alone.
+		only("ioctl", seccomp.Condition{Argument: 1, Operation: seccomp.Equal, Value: 0x80087601}),
+		// Go names its memory; a thread of a turn sets its own slack.
+		only("prctl", equal(0, unix.PR_SET_VMA)),
+		only("prctl", equal(0, unix.PR_SET_TIMERSLACK)),
+		// A connection's SO_RCVTIMEO.
+		only("setsockopt", equal(1, unix.SOL_SOCKET), equal(2, unix.SO_RCVTIMEO)),
+		// A thread's own working directory.
+		only("unshare", equal(0, unix.CLONE_FS)),
+	})
+}
+
+// keeperCalls is what the keeper may do, and no server more than that.
+func keeperCalls() []seccomp.SyscallGroup {
+	return list([][]string{runtimeCalls, serviceCalls, fileCalls, startCalls}, nil)
+}
+
+// list lets these calls pass. clone3 keeps its arguments where no filter sees
+// them: the C library takes clone if there is none.
+func list(names [][]string, conditions []seccomp.NameWithConditions) []seccomp.SyscallGroup {
+	allow := seccomp.SyscallGroup{Action: seccomp.ActionAllow}
+	known, err := arch.GetInfo("")
+	if err != nil { // Assemble says so
+		return []seccomp.SyscallGroup{allow}
+	}
+	has := func(name string) bool { _, ok := known.SyscallNames[name]; return ok }
+	for _, some := range names {
+		for _, name := range some {
+			if has(name) {
+				allow.Names = append(allow.Names, name)
+			}
+		}
+	}
+	for _, c := range conditions {
+		if has(c.Name) {
+			allow.NamesWithCondtions = append(allow.NamesWithCondtions, c)
+		}
+	}
+	return []seccomp.SyscallGroup{
+		allow,
+		{Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS), Names: []string{"clone3"}},
+	}
+}
+
+func only(name string, conditions ...seccomp.Condition) seccomp.NameWithConditions {
+	return seccomp.NameWithConditions{Name: name, Conditions: conditions}
+}
+
+func equal(argument uint32, value uint64) seccomp.Condition {
+	return seccomp.Condition{Argument: argument, Operation: seccomp.Equal, Value: value}
+}
