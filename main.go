@@ -243,6 +243,10 @@ func keepDetached(opts *options) error {
 	return err
 }
 
+// descriptors is how many a process may need: one for each connection, a few
+// for each request in the file system, and what it has anyway.
+func (o *options) descriptors() uint64 { return uint64(o.maxConnections + 4*o.workers + 64) }
+
 // keep is the keeper. Its log and the servers' go to output.
 func keep(opts *options, conn *os.File, output func() io.Writer, ready func() error) error {
 	export, err := openExport(opts.path)
@@ -250,6 +254,9 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 		return err
 	}
 	log := newLog(opts, output())
+	if err := confine.Descriptors(opts.descriptors()); err != nil {
+		log.Warn("VMs may be told EMFILE", "error", err)
+	}
 	k := keeper.Config{
 		Export:  export,
 		Confine: opts.confine,

@@ -286,3 +286,33 @@ func mount(t *testing.T, dir string) {
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 }
+
+// A service may be started with few descriptors: each process gets what it
+// needs, or says what it lacks.
+func TestDescriptors(t *testing.T) {
+	start := func(limit string) *helpertest.Process {
+		name := filepath.Join(helpertest.ShortDir(t), "s")
+		p := helpertest.Start(t, helpertest.Command{Path: "/bin/sh", Args: []string{
+			"-c", "ulimit " + limit + ` && exec setpriv --bounding-set -sys_resource "$@"`, "sh",
+			helpertest.Ours(t), "-n", "-p", export(t), "-s", name, "-u", "0", "-g", "0",
+		}})
+		helpertest.AwaitName(t, p, name)
+		return p
+	}
+	p := start("-Sn 256")
+	for _, pid := range []int{p.PID, p.Server()} {
+		var got unix.Rlimit
+		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &got); err != nil {
+			t.Fatal(err)
+		}
+		if want := uint64(1024 + 4*64 + 64); got.Cur < want {
+			t.Errorf("may have %d descriptors, want %d", got.Cur, want)
+		}
+	}
+	if p.Logged("LimitNOFILE") {
+		t.Errorf("complains of enough descriptors:\n%s", p.Output())
+	}
+	if p := start("-n 256"); !p.Logged("LimitNOFILE") {
+		t.Errorf("does not say that it has few descriptors:\n%s", p.Output())
+	}
+}
