@@ -374,7 +374,53 @@ func TestDirectories(t *testing.T) {
 		{"deep tree", deep(200, "d")},
 		// It can be walked only step by step, as rm -r does, yet QEMU asks for each file by all of it.
 		{"path longer than PATH_MAX", deep(30, strings.Repeat("d", 200))},
+		{"path as long as a guest may name", longPath()},
 	})
+}
+
+// longPath does by path what can be done by one of 4095 bytes, PATH_MAX less
+// its NUL. The share's own path comes before it.
+func longPath() (steps []step) {
+	as := func(o op) { steps = append(steps, step{root, o, ok}) }
+	var dirs []string
+	for dir := ""; len(dir) < 16*255; {
+		dir += strings.Repeat("d", 254)
+		dirs = append(dirs, dir)
+		as(mkdir(dir, 0o755))
+		dir += "/"
+	}
+	dir := dirs[len(dirs)-1]
+	name := func(c string) string { return dir + "/" + strings.Repeat(c, 4095-len(dir)-1) }
+	file, other := name("f"), name("o")
+	as(create(file, 0o644))
+	as(write(file, unix.O_WRONLY, "long"))
+	as(contains(file, "long"))
+	as(chmod(file, 0o600))
+	as(chown(file, 1000, 1000))
+	as(is(file, reg|0o600, 1000, 1000))
+	as(truncate(file, 2))
+	as(size(file, 2))
+	as(setxattr(file, "user.a", "b", 0))
+	as(hasXattr(file, "user.a", "b"))
+	as(listsXattrs(file, "user.a"))
+	as(removexattr(file, "user.a"))
+	as(link(file, other))
+	as(links(file, 2))
+	as(rename(other, name("r")))
+	as(unlink(name("r")))
+	as(unlink(file))
+	as(symlink("target", file))
+	as(pointsTo(file, "target"))
+	as(unlink(file))
+	as(mkfifo(file, 0o644))
+	as(unlink(file))
+	as(mkdir(file, 0o755))
+	as(rmdir(file))
+	steps = append(steps, step{root, create(file+"x", 0o644), unix.ENAMETOOLONG})
+	for i := len(dirs) - 1; i >= 0; i-- {
+		as(rmdir(dirs[i]))
+	}
+	return steps
 }
 
 // deep goes down a tree by descriptors, does at its bottom what is done by path elsewhere, and takes
