@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -18,7 +19,7 @@ import (
 
 // disturb does something to the server again and again until the test ends,
 // and returns how often it has done so.
-func disturb(t *testing.T, what func(), every time.Duration) *atomic.Int32 {
+func disturb(t *testing.T, what func(), every time.Duration) (count *atomic.Int32, end func()) {
 	var n atomic.Int32
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -33,11 +34,12 @@ func disturb(t *testing.T, what func(), every time.Duration) *atomic.Int32 {
 			}
 		}
 	}()
-	t.Cleanup(func() {
+	end = sync.OnceFunc(func() {
 		close(stop)
 		<-stopped
 	})
-	return &n
+	t.Cleanup(end)
+	return &n, end
 }
 
 // killer kills the server that a keeper has now, if it has one.
@@ -173,7 +175,7 @@ func run(t *testing.T, name, dir string, vms int, d time.Duration) (steps, eio i
 func TestKilledServer(t *testing.T) {
 	dir := t.TempDir()
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	kills := disturb(t, killer(p), 700*time.Millisecond)
+	kills, _ := disturb(t, killer(p), 700*time.Millisecond)
 	steps, eio := run(t, name, dir, 4, 6*time.Second)
 	t.Logf("%d kills, %d steps, %d times EIO", kills.Load(), steps, eio)
 	if kills.Load() < 4 || steps < 100 {
@@ -191,8 +193,9 @@ func TestRenewedServer(t *testing.T) {
 	idle := helpertest.Dial(t, name)
 	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
 	first := p.Server()
-	renewals := disturb(t, func() { unix.Kill(p.PID, unix.SIGHUP) }, 300*time.Millisecond)
+	renewals, end := disturb(t, func() { unix.Kill(p.PID, unix.SIGHUP) }, 300*time.Millisecond)
 	steps, eio := run(t, name, dir, 4, 4*time.Second)
+	end() // there are two servers at times
 	t.Logf("%d renewals, %d steps", renewals.Load(), steps)
 	if eio != 0 {
 		t.Errorf("%d times EIO", eio)
@@ -238,7 +241,7 @@ func TestKilledPipeline(t *testing.T) {
 	dir := export(t)
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
 	c := helpertest.Dial(t, name)
-	kills := disturb(t, killer(p), 600*time.Millisecond)
+	kills, _ := disturb(t, killer(p), 600*time.Millisecond)
 	value := make([]byte, 60_000)
 	long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
 	types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}
