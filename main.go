@@ -7,7 +7,8 @@
 //	server  confined to the export: serves the requests
 //
 // A third, the command as the user started it, waits until the keeper takes
-// connections, and returns; with --nodaemon it is the keeper itself.
+// connections, and returns; with --nodaemon it is the keeper itself. An ordinary
+// user's runs all that in a user namespace, as root there, and waits for it.
 //
 // The Go runtime would keep descriptors of the cgroup's CPU quota, outside the
 // export, and look at them every second: the server sets its processors itself.
@@ -26,6 +27,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"strconv"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -47,6 +49,11 @@ const (
 	roleKeeper = "keeper" // detached
 	roleServer = "server"
 )
+
+// rootlessEnv tells all processes of a helper that an ordinary user has started
+// that they are in a user namespace; its value is the descriptor that the first
+// of them waits at.
+const rootlessEnv = "VIRTFS_PROXY_HELPER_ROOTLESS"
 
 func main() {
 	opts, err := parseOptions(os.Args[1:])
@@ -159,7 +166,7 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--socket: the name is empty")
 	case f.Changed("fd") && o.fd < 0:
 		return bad("--fd %d: not a descriptor", o.fd)
-	case f.Changed("socket") && (!f.Changed("uid") || !f.Changed("gid")):
+	case f.Changed("socket") && (!f.Changed("uid") || !f.Changed("gid")) && os.Geteuid() == 0 && !rootless():
 		return bad("--socket needs --uid and --gid: who may connect")
 	case f.Changed("uid") && !id(uid):
 		return bad("--uid %d: not a user id", uid)
@@ -203,8 +210,10 @@ func start(opts *options) error {
 	if executableErr != nil {
 		return fmt.Errorf("find this program: %w", executableErr)
 	}
-	if err := opts.confine.Check(); err != nil {
-		return err
+	if rootless() {
+		if err := awaitIDs(); err != nil {
+			return err
+		}
 	}
 	export, err := openExport(opts.path)
 	if err != nil {
@@ -218,10 +227,43 @@ func start(opts *options) error {
 		}
 		conn = os.NewFile(uintptr(opts.fd), "connection")
 	}
+	if os.Geteuid() != 0 {
+		return startRootless(opts, conn)
+	}
+	if err := opts.confine.Check(); err != nil {
+		return err
+	}
 	if opts.nodaemon {
 		return keep(opts, conn, func() io.Writer { return os.Stderr }, func() error { return nil })
 	}
 	return keeper.Detach(self(executable, roleKeeper), conn)
+}
+
+// startRootless runs this command again, where its user is root, and ends as it
+// does. What that inherits has the same numbers.
+func startRootless(opts *options, conn *os.File) error {
+	cmd := self(executable, "")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if conn != nil && opts.fd > 2 {
+		cmd.ExtraFiles = make([]*os.File, opts.fd-2)
+		cmd.ExtraFiles[opts.fd-3] = conn
+	}
+	tell := func(fd int) { cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", rootlessEnv, fd)) }
+	status, err := confine.RunRootless(cmd, tell, newLog(opts, os.Stderr))
+	if err == nil {
+		os.Exit(status)
+	}
+	return err
+}
+
+func rootless() bool { return os.Getenv(rootlessEnv) != "" }
+
+func awaitIDs() error {
+	fd, err := strconv.Atoi(os.Getenv(rootlessEnv))
+	if err != nil {
+		return err
+	}
+	return confine.AwaitIDs(fd)
 }
 
 // keepDetached is the keeper as a daemon.
@@ -253,6 +295,12 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 	if err != nil {
 		return err
 	}
+	uid, gid := opts.uid, opts.gid
+	if rootless() && opts.socket != "" {
+		if uid, gid, err = confine.InsideIDs(uid, gid); err != nil {
+			return err
+		}
+	}
 	log := newLog(opts, output())
 	if err := confine.Descriptors(opts.descriptors()); err != nil {
 		log.Warn("VMs may be told EMFILE", "error", err)
@@ -260,7 +308,7 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 	k := keeper.Config{
 		Export:  export,
 		Confine: opts.confine,
-		Socket:  opts.socket, UID: opts.uid, GID: opts.gid,
+		Socket:  opts.socket, UID: uid, GID: gid,
 		Conn:           conn,
 		MaxConnections: opts.maxConnections,
 		Once:           opts.once || opts.socket == "",
@@ -348,7 +396,11 @@ var executable, executableErr = os.Executable()
 // self returns a program as this one in the given role, with nothing of the
 // caller's environment.
 func self(program, role string) *exec.Cmd {
-	return &exec.Cmd{Path: program, Args: append([]string{name}, os.Args[1:]...), Env: []string{roleEnv + "=" + role}}
+	cmd := &exec.Cmd{Path: program, Args: append([]string{name}, os.Args[1:]...), Env: []string{roleEnv + "=" + role}}
+	if rootless() {
+		cmd.Env = append(cmd.Env, rootlessEnv+"="+os.Getenv(rootlessEnv))
+	}
+	return cmd
 }
 
 // openExport and checkConn say early and clearly what would fail later.

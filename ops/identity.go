@@ -37,7 +37,8 @@ func (c *Call) as(uid, gid uint32, do func() unix.Errno) unix.Errno {
 	return errno
 }
 
-// become switches this thread to uid:gid. The calls are raw ones: identity
+// become switches this thread to uid:gid. It is EPERM, not the kernel's EINVAL,
+// if the user namespace has no such id. The calls are raw ones: identity
 // belongs to a thread, and the C library's (and Go's) setters change all of
 // them. The goroutine is locked to its thread until revert, which also keeps
 // the runtime from cloning new threads, and with them the identity, from this
@@ -56,7 +57,22 @@ func (c *Call) become(uid, gid uint32) (errno unix.Errno) {
 	default:
 		errno = capset(&createCaps)
 	}
+	if errno == unix.EINVAL {
+		return unix.EPERM
+	}
 	return errno
+}
+
+// refused tells that the user namespace has no such user or group; -1 stands
+// for none.
+func (c *Call) refused(uid, gid uint32) bool {
+	if uid == noID {
+		uid = 0
+	}
+	if gid == noID {
+		gid = 0
+	}
+	return c.as(uid, gid, func() unix.Errno { return 0 }) == unix.EPERM
 }
 
 // revert takes become back. The real ids are 0, so it needs no capability. If

@@ -66,14 +66,19 @@ func (fs *FS) chmod(c *Call) unix.Errno {
 }
 
 // chown serves CHOWN: s path, d uid, d gid; lchown(path, uid, gid), where -1
-// leaves an id as it is.
+// leaves an id as it is. EPERM if the user namespace has no such id, as for what
+// is made for it.
 func (fs *FS) chown(c *Call) unix.Errno {
 	at, errno := locate(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
 	defer at.close()
-	return fchownat(at.dir, at.name, c.req.UID, c.req.GID, unix.AT_SYMLINK_NOFOLLOW)
+	errno = fchownat(at.dir, at.name, c.req.UID, c.req.GID, unix.AT_SYMLINK_NOFOLLOW)
+	if errno == unix.EINVAL && c.refused(c.req.UID, c.req.GID) {
+		return unix.EPERM
+	}
+	return errno
 }
 
 // truncate serves TRUNCATE: s path, q size; truncate(path, size), which

@@ -2,7 +2,6 @@ package confine
 
 import (
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -44,9 +43,6 @@ func (c Config) starts() []cap.Value {
 func (c Config) Check() error {
 	if c.ReadOnly && c.Sandbox != SandboxNamespace {
 		return fmt.Errorf("--sandbox=%s: only --sandbox=namespace can make the export read-only", c.Sandbox)
-	}
-	if uid := os.Geteuid(); uid != 0 {
-		return fmt.Errorf("needs root to act for the guest's users, runs as uid %d: start it with sudo or from a system service", uid)
 	}
 	have := cap.GetProc()
 	var missing []string
@@ -115,8 +111,8 @@ func (c Config) privileged(f func() error) error {
 	return err
 }
 
-// drop leaves the process these capabilities, no supplementary groups and no
-// way to get more. It changes all threads, those to come included.
+// drop leaves the process these capabilities, no supplementary groups, if it can
+// leave them, and no way to get more. It changes all threads, those to come included.
 func drop(effective, permitted, bounding []cap.Value) error {
 	if err := cap.ResetAmbient(); err != nil {
 		return fmt.Errorf("drop ambient capabilities: %w", err)
@@ -129,8 +125,10 @@ func drop(effective, permitted, bounding []cap.Value) error {
 			return fmt.Errorf("drop %s from the bounding set: %w", v, err)
 		}
 	}
-	if err := cap.SetGroups(0); err != nil { // which lowers all effective capabilities, too
-		return fmt.Errorf("drop supplementary groups: %w", err)
+	if !keepsGroups() {
+		if err := cap.SetGroups(0); err != nil { // which lowers all effective capabilities, too
+			return fmt.Errorf("drop supplementary groups: %w", err)
+		}
 	}
 	set := cap.NewSet()
 	for flag, values := range map[cap.Flag][]cap.Value{cap.Effective: effective, cap.Permitted: permitted} {
