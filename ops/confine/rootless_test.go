@@ -1,6 +1,7 @@
 package confine_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -16,42 +17,26 @@ import (
 	"virtfs-proxy-helper/pool/helpertest"
 )
 
-// someone is an ordinary user, with supplementary groups, and what /etc/subuid
-// and /etc/subgid give to it, if anything.
+// What /etc/subuid and /etc/subgid give to someone, if anything.
 const (
-	someone     = 54321
-	someRange   = 700000 // is 1 in the guest
-	someGroups  = "4,24"
 	withRange   = "someone:700000:65536\n"
+	numberRange = "54321:700000:65536\n"
 	noRange     = "other:700000:65536\n"
 	wrongRange  = "someone:4294967290:65536\n" // that newuidmap refuses
-	numberRange = "54321:700000:65536\n"
+
+	someRange = 700000
 )
 
-// asSomeone returns the command that runs args as someone. No other process
-// sees the files below /etc that tell of it.
+const someone = helpertest.Someone
+
+// asSomeone returns the command that runs args as someone, who is in two groups
+// more.
 func asSomeone(t *testing.T, ranges string, args ...string) helpertest.Command {
 	t.Helper()
-	etc := helpertest.ShortDir(t)
-	if err := os.Chmod(etc, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for name, line := range map[string]string{
-		"passwd": fmt.Sprintf("someone:x:%d:%d::/:/bin/sh\n", someone, someone),
-		"group":  fmt.Sprintf("someone:x:%d:\n", someone),
-		"subuid": ranges, "subgid": ranges,
-	} {
-		if err := os.WriteFile(filepath.Join(etc, name), []byte("root:x:0:0::/root:/bin/sh\n"+line), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return helpertest.Command{
-		Path: "/usr/bin/unshare",
-		Args: append([]string{"--mount", "--propagation", "private", "sh", "-c",
-			`etc=$1; shift; cd "$etc" && for f in *; do mount --bind $f /etc/$f || exit 99; done
-			exec setpriv --pdeathsig TERM --reuid "$0" --regid "$0" --groups ` + someGroups + ` -- "$@"`,
-			strconv.Itoa(someone), etc}, args...),
-	}
+	id := strconv.Itoa(someone)
+	args = helpertest.WithSomeone(t, ranges, append([]string{"setpriv", "--pdeathsig", "TERM",
+		"--reuid", id, "--regid", id, "--groups", "4,24", "--"}, args...)...)
+	return helpertest.Command{Path: "/usr/bin/" + args[0], Args: args[1:]}
 }
 
 // exportOf returns a directory that someone shares, in one where it may make a
@@ -217,8 +202,11 @@ func TestRootlessStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := helpertest.Dial(t, r.name)
-	a := c.Want(0, codec.Lstat, request("/secret", 0))
-	t.Logf("%x", a.Payload)
+	const overflow = 65534 // kernel.overflowuid
+	if a := c.Want(0, codec.Lstat, request("/secret", 0)); len(a.Payload) < 36 ||
+		binary.NativeEndian.Uint32(a.Payload[28:]) != overflow || binary.NativeEndian.Uint32(a.Payload[32:]) != overflow {
+		t.Errorf("a stranger's file is of %x", a.Payload)
+	}
 	c.Want(unix.EACCES, codec.Open, codec.Request{Path: helpertest.Path("/secret")})
 	c.Want(unix.EPERM, codec.Chmod, request("/secret", 0))
 	c.Want(unix.EPERM, codec.Chown, request("/secret", 0))

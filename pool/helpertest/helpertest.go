@@ -4,6 +4,7 @@
 //	helpertest.go  the binaries; processes that a test starts and ends
 //	client.go      what QEMU does on a connection
 //	proc.go        what /proc says about a process
+//	user.go        an ordinary user to start them as
 //
 // Nothing here waits for a fixed time: what is awaited is polled for, up to
 // Patience, and then the test fails.
