@@ -247,6 +247,65 @@ func TestInheritedSocket(t *testing.T) {
 	}
 }
 
+// An ordinary user starts both QEMU and the helper. What the guest's users make is of that user's own
+// ids on the host, and a range that there isn't gives the guest's root alone.
+func TestRootlessInGuest(t *testing.T) {
+	alone(t)
+	const work = `
+		mkdir /tree && cd /tree || exit 90
+		for d in 1 2 3; do mkdir $d && for f in $(seq 20); do seq $d $((f * 137)) >$d/$f; done; done
+		chown -R 1000:1000 2 && chown -R 65534:65534 3 && tar cf /tree.tar . || exit 91
+		find . -type f | sort | xargs md5sum >/sums
+		mkdir /mnt/tree && cd /mnt/tree || exit 92
+		tar xf /tree.tar || exit 94 # which passes over a chown that is refused
+		md5sum -c /sums >/checked 2>&1 || { cat /checked; exit 93; }
+		stat -c %u:%g 1/1 2/1 3/1
+		chown 1000:1000 1 2>&1
+		echo user:x:1000:1000::/:/bin/sh >>/etc/passwd
+		chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/sh -- -c 'echo mine >own && chmod 600 own && ln -s own link && cat link' 2>&1
+		stat -c %u:%g 1 own 2>/dev/null; true`
+	for _, c := range []struct {
+		name, ranges, prints string
+		owner                uint32 // on the host, of what the guest's 1000 has made
+	}{
+		{"range", "someone:700000:65536\n", "0:0\n1000:1000\n65534:65534\nmine\n1000:1000\n1000:1000\n", 700999},
+		{"alone", "", "0:0\n0:0\n0:0\nchown: 1: Operation not permitted\n/bin/sh: can't create own: Operation not permitted\n0:0\n", 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			// QEMU's user must reach the share. No directory of t.TempDir lets it.
+			share, err := os.MkdirTemp("", "share")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(share) })
+			if err := os.Chown(share, helpertest.Someone, helpertest.Someone); err != nil {
+				t.Fatal(err)
+			}
+			command := helpertest.WithSomeone(t, c.ranges, "./guest", "--helper", helper, "--timeout", "300",
+				"--rootless", "--user", "someone", "--share", share, work)
+			out, errs, err := script(t, command[0], command[1:]...)
+			if err != nil {
+				t.Fatalf("%v\n%s%s", err, out, errs)
+			}
+			if out != c.prints {
+				t.Errorf("the guest printed\n%q, not\n%q", out, c.prints)
+			}
+			var st syscall.Stat_t
+			err = syscall.Lstat(filepath.Join(share, "tree/own"), &st)
+			if c.owner == 0 {
+				if err != syscall.ENOENT {
+					t.Errorf("what was refused is there: %v", err)
+				}
+			} else if err != nil || st.Uid != c.owner || st.Gid != c.owner {
+				t.Errorf("own is of %d:%d, want %d (%v)", st.Uid, st.Gid, c.owner, err)
+			}
+			if err := syscall.Lstat(filepath.Join(share, "tree/1/1"), &st); err != nil || st.Uid != helpertest.Someone {
+				t.Errorf("the guest's root is %d on the host (%v)", st.Uid, err)
+			}
+		})
+	}
+}
+
 // The comparison boots all three, and its table has a time of each for each workload.
 func TestCompare(t *testing.T) {
 	alone(t)
