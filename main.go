@@ -97,8 +97,9 @@ type options struct {
 const usage = `Usage: virtfs-proxy-helper -p PATH {-s NAME -u UID -g GID | -f FD} [OPTION]...
 
 Serves the directory PATH to VMs over QEMU's "-fsdev proxy", so that QEMU itself
-runs without privilege. Start it as root; it confines itself to PATH and keeps
-the capabilities that file operations need.
+runs without privilege. It confines itself to PATH and keeps the capabilities
+that file operations need. Start it as root; or as yourself, without -u and -g:
+the guest's root is you then, its other users are from your range in /etc/subuid.
 
   virtfs-proxy-helper -p /srv/share -s /run/share.sock -u 64055 -g 64055
   qemu-system-x86_64 ... -fsdev proxy,id=fs0,socket=/run/share.sock \
@@ -406,6 +407,9 @@ func self(program, role string) *exec.Cmd {
 // openExport and checkConn say early and clearly what would fail later.
 func openExport(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Faccessat(unix.AT_FDCWD, path, unix.X_OK, unix.AT_EACCESS)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--path: export %s: %w", path, err)
 	}

@@ -2,6 +2,7 @@ package confine_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -353,10 +354,37 @@ func TestRootlessReadOnly(t *testing.T) {
 	}
 }
 
+// What the host mounts and unmounts below the export while it is served comes
+// and goes there as well.
+func TestRootlessMounts(t *testing.T) {
+	dir := exportOf(t)
+	mount(t, dir)
+	sub := filepath.Join(dir, "sub")
+	if err := errors.Join(unix.Mount("", dir, "", unix.MS_SHARED, ""), os.Mkdir(sub, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(filepath.Dir(dir), "s")
+	p := helpertest.Start(t, asSomeone(t, withRange, helpertest.Ours(t), "-n", "-p", dir, "-s", name))
+	helpertest.AwaitName(t, p, name)
+	c := helpertest.Dial(t, name)
+	mount(t, sub)
+	if err := os.Mkdir(filepath.Join(sub, "late"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c.Want(0, codec.Lstat, request("/sub/late", 0))
+	if err := unix.Unmount(sub, 0); err != nil {
+		t.Errorf("the helper keeps what the host unmounts: %v", err)
+	}
+	c.Want(unix.ENOENT, codec.Lstat, request("/sub/late", 0))
+}
+
 // What is wrong is told as to root, in one line.
 func TestRootlessRefusals(t *testing.T) {
 	dir := exportOf(t)
-	name := filepath.Join(filepath.Dir(dir), "s")
+	name, secret := filepath.Join(filepath.Dir(dir), "s"), filepath.Join(dir, "secret")
+	if err := os.Mkdir(secret, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	helper := func(args ...string) []string { return append([]string{helpertest.Ours(t), "-p", dir}, args...) }
 	for _, c := range []struct {
 		ranges string
@@ -369,6 +397,7 @@ func TestRootlessRefusals(t *testing.T) {
 		{withRange, helper("-f", "7"), "not an open descriptor"},
 		{withRange, helper("-s", "/"), "names a directory"},
 		{withRange, helper("-p", dir+"/none", "-s", name), "no such file"},
+		{withRange, helper("-p", secret, "-s", name), "permission denied"},
 		{withRange, helper("-s", name, "-u", "-1"), "not a user id"},
 		// Where the system lets nobody make user namespaces.
 		{noRange, append([]string{"unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c",

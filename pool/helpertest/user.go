@@ -32,6 +32,6 @@ func WithSomeone(tb testing.TB, ranges string, args ...string) []string {
 			tb.Fatal(err)
 		}
 	}
-	return append([]string{"unshare", "--mount", "--propagation", "private", "sh", "-c",
+	return append([]string{"unshare", "--mount", "--propagation", "slave", "sh", "-c",
 		`for f in "$0"/*; do mount --bind "$f" "/etc/${f##*/}" || exit 99; done; exec "$@"`, etc}, args...)
 }
