@@ -127,8 +127,10 @@ var sandboxes = []string{"namespace", "chroot", "none"}
 
 // The guest's root is someone, its other users are from someone's range.
 func TestRootlessRange(t *testing.T) {
+	t.Parallel()
 	for _, sandbox := range sandboxes {
 		t.Run(sandbox, func(t *testing.T) {
+			t.Parallel()
 			r := startRootless(t, withRange, "--sandbox="+sandbox)
 			c := helpertest.Dial(t, r.name)
 			owners := map[uint32]uint32{0: someone, 1: someRange, 1000: someRange + 999, 65534: someRange + 65533, 65536: someRange + 65535}
@@ -159,15 +161,18 @@ func TestRootlessRange(t *testing.T) {
 }
 
 func TestRootlessNumberInSubuid(t *testing.T) {
+	t.Parallel()
 	r := startRootless(t, numberRange)
 	makeAll(t, helpertest.Dial(t, r.name), 1000, 0)
 }
 
 // Without a range there is the guest's root alone, and a word about that.
 func TestRootlessAlone(t *testing.T) {
+	t.Parallel()
 	for ranges, says := range map[string]string{noRange: "someone:100000:65536", wrongRange: "newuidmap"} {
 		for _, sandbox := range sandboxes {
 			t.Run(fmt.Sprintf("%.5s %s", ranges, sandbox), func(t *testing.T) {
+				t.Parallel()
 				r := startRootless(t, ranges, "--sandbox="+sandbox)
 				c := helpertest.Dial(t, r.name)
 				for _, name := range makeAll(t, c, 0, 0) {
@@ -197,6 +202,7 @@ func TestRootlessAlone(t *testing.T) {
 // Files of others are strangers': they seem to be nobody's, and the helper may
 // do to them what someone may.
 func TestRootlessStrangers(t *testing.T) {
+	t.Parallel()
 	r := startRootless(t, withRange)
 	secret := filepath.Join(r.dir, "secret")
 	if err := os.WriteFile(secret, nil, 0o600); err != nil {
@@ -218,6 +224,7 @@ func TestRootlessStrangers(t *testing.T) {
 
 // Both processes have a root that is someone's, and what a root's have.
 func TestRootlessThreads(t *testing.T) {
+	t.Parallel()
 	for ranges, groups := range map[string]string{withRange: "", noRange: "4 24"} {
 		r := startRootless(t, ranges)
 		makeAll(t, helpertest.Dial(t, r.name), 0, 0)
@@ -252,6 +259,7 @@ func TestRootlessThreads(t *testing.T) {
 // To its starter a rootless helper is as any: a killed server is followed by
 // another, signals get where they should.
 func TestRootlessLife(t *testing.T) {
+	t.Parallel()
 	r := startRootless(t, withRange)
 	if got := owner(t, r.name); got != [2]uint32{someone, someone} {
 		t.Errorf("the socket is of %v", got)
@@ -281,6 +289,7 @@ func TestRootlessLife(t *testing.T) {
 
 // Nothing outlives the process that someone has started.
 func TestRootlessKilled(t *testing.T) {
+	t.Parallel()
 	r := startRootless(t, withRange)
 	keeper, server := r.keeper(t), r.server(t)
 	r.Signal(syscall.SIGKILL)
@@ -302,6 +311,7 @@ func TestRootlessKilled(t *testing.T) {
 
 // The inherited socket, and any of its numbers.
 func TestRootlessFD(t *testing.T) {
+	t.Parallel()
 	for _, fd := range []int{0, 3, 7} {
 		dir := exportOf(t)
 		ours, theirs := helpertest.SocketPair(t)
@@ -319,6 +329,7 @@ func TestRootlessFD(t *testing.T) {
 }
 
 func TestRootlessDaemon(t *testing.T) {
+	t.Parallel()
 	dir := exportOf(t)
 	r := &rootless{dir: dir, name: filepath.Join(filepath.Dir(dir), "s")}
 	cmd := asSomeone(t, withRange, helpertest.Ours(t), "-p", dir, "-s", r.name, "--pidfile", r.pidfile(),
@@ -345,6 +356,7 @@ func TestRootlessDaemon(t *testing.T) {
 }
 
 func TestRootlessReadOnly(t *testing.T) {
+	t.Parallel()
 	r := startRootless(t, withRange, "--readonly")
 	c := helpertest.Dial(t, r.name)
 	makeAll(t, c, 0, unix.EROFS)
@@ -357,6 +369,7 @@ func TestRootlessReadOnly(t *testing.T) {
 // What the host mounts and unmounts below the export while it is served comes
 // and goes there as well.
 func TestRootlessMounts(t *testing.T) {
+	t.Parallel()
 	dir := exportOf(t)
 	mount(t, dir)
 	sub := filepath.Join(dir, "sub")
@@ -380,6 +393,7 @@ func TestRootlessMounts(t *testing.T) {
 
 // What is wrong is told as to root, in one line.
 func TestRootlessRefusals(t *testing.T) {
+	t.Parallel()
 	dir := exportOf(t)
 	name, secret := filepath.Join(filepath.Dir(dir), "s"), filepath.Join(dir, "secret")
 	if err := os.Mkdir(secret, 0o700); err != nil {
