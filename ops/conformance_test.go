@@ -3,6 +3,7 @@ package ops_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -358,7 +359,13 @@ func worlds(t *testing.T, test func(*testing.T, *world)) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			test(t, newWorld(t, dir(t)))
+			dir := dir(t)
+			// What a test mounts later on reaches the server, as where systemd has made all mounts shared.
+			if err := errors.Join(unix.Mount(dir, dir, "", unix.MS_BIND, ""), unix.Mount("", dir, "", unix.MS_SHARED, "")); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+			test(t, newWorld(t, dir))
 		})
 	}
 }

@@ -13,9 +13,7 @@ import (
 )
 
 // identity is all of a thread that a create as somebody changes.
-func identity(t *testing.T, pid int, tid string) (id [8]string) {
-	t.Helper()
-	st := helpertest.Status(t, fmt.Sprintf("%d/task/%s", pid, tid))
+func identity(st map[string]string) (id [8]string) {
 	for i, field := range []string{"Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"} {
 		id[i] = st[field]
 	}
@@ -32,7 +30,7 @@ func TestIdentityIsTakenBack(t *testing.T) {
 	dir, c, p := newOurs(t)
 	want(t, c, 0, lstat("/")) // so that it is confined by now
 	pid := p.Server()
-	root := identity(t, pid, fmt.Sprint(pid))
+	root := identity(helpertest.Status(t, fmt.Sprint(pid)))
 	const mask = "00000000080000db" // confine.Mask
 	if want := [8]string{"0\t0\t0\t0", "0\t0\t0\t0", "", "0000000000000000", mask, mask, "0000000000000000", "0000000000000000"}; root != want {
 		t.Fatalf("the server runs as %q, want %q", root, want)
@@ -56,8 +54,8 @@ func TestIdentityIsTakenBack(t *testing.T) {
 			want(t, c, expect(unix.ENOTDIR), creates("/secret/", o[0], o[1])...)
 			want(t, c, expect(unix.ENXIO), create("/fifo", unix.O_CREAT, 0, o[0], o[1]))
 			want(t, c, expect(unix.ENAMETOOLONG), creates("/"+strings.Repeat("n", 300), o[0], o[1])...)
-			for _, tid := range helpertest.Threads(t, pid) {
-				if now := identity(t, pid, tid); now != root {
+			for tid, st := range helpertest.Threads(t, pid) {
+				if now := identity(st); now != root {
 					t.Fatalf("after creates as %d:%d thread %s runs as %q, before as %q", int32(o[0]), int32(o[1]), tid, now, root)
 				}
 			}

@@ -80,8 +80,7 @@ func TestThreads(t *testing.T) {
 				p.PID:      {CapPrm: keeper, CapEff: names, CapBnd: keeper},
 				p.Server(): {CapPrm: seven, CapEff: seven},
 			} {
-				for _, tid := range helpertest.Threads(t, pid) {
-					st := helpertest.Status(t, fmt.Sprintf("%d/task/%s", pid, tid))
+				for _, st := range helpertest.Threads(t, pid) {
 					if got := threadCaps(t, st); got != want {
 						t.Errorf("%s: %x, want %x", st["Name"], got, want)
 					}
@@ -187,7 +186,7 @@ func TestChroot(t *testing.T) {
 		if got := own(t, p.Server()); got != nil {
 			t.Errorf("%s: the server has %v of its own", mode, got)
 		}
-		for _, tid := range helpertest.Threads(t, p.Server()) {
+		for tid := range helpertest.Threads(t, p.Server()) {
 			if root, _ := os.Readlink(fmt.Sprintf("/proc/%d/task/%s/root", p.Server(), tid)); root != dir {
 				t.Errorf("%s: a thread has the root %s", mode, root)
 			}

@@ -47,7 +47,7 @@ func sleeping(t *testing.T, pid int) int {
 	t.Helper()
 	found := 0
 	helpertest.Eventually(t, "a thread sleeps in a system call", func() bool {
-		for _, tid := range helpertest.Threads(t, pid) {
+		for tid := range helpertest.Threads(t, pid) {
 			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/syscall", pid, tid))
 			if err == nil && strings.HasPrefix(string(b), fmt.Sprint(unix.SYS_FUTEX, " ")) {
 				fmt.Sscan(tid, &found)

@@ -232,8 +232,7 @@ func TestRootlessThreads(t *testing.T) {
 			r.keeper(t): {CapPrm: namespace, CapEff: names, CapBnd: namespace},
 			r.server(t): {CapPrm: seven, CapEff: seven},
 		} {
-			for _, tid := range helpertest.Threads(t, pid) {
-				st := helpertest.Status(t, fmt.Sprintf("%d/task/%s", pid, tid))
+			for _, st := range helpertest.Threads(t, pid) {
 				if got := threadCaps(t, st); got != want {
 					t.Errorf("%s: %x, want %x", st["Name"], got, want)
 				}

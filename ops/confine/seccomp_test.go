@@ -176,7 +176,8 @@ func TestCVE2018_16359TheFilterFilters(t *testing.T) {
 			t.Errorf("attempt %d, %s: made", i, a.name)
 		}
 	}
-	if len(told) != len(want) {
+	slices.Sort(told)
+	if told = slices.Compact(told); len(told) != len(want) { // one that a signal interrupts is told twice
 		t.Errorf("%d violations told of %d", len(told), len(want))
 	}
 	if !strings.Contains(printed, fmt.Sprintf("clone3: %d\n", int(unix.ENOSYS))) {

@@ -72,16 +72,24 @@ func Session(tb testing.TB, pid int) (session, tty int) {
 // its path below /proc.
 func Status(tb testing.TB, dir string) map[string]string {
 	tb.Helper()
-	b, err := os.ReadFile(filepath.Join("/proc", dir, "status"))
+	m, err := status(dir)
 	if err != nil {
 		tb.Fatal(err)
+	}
+	return m
+}
+
+func status(dir string) (map[string]string, error) {
+	b, err := os.ReadFile(filepath.Join("/proc", dir, "status"))
+	if err != nil {
+		return nil, err
 	}
 	m := map[string]string{}
 	for line := range strings.Lines(string(b)) {
 		k, v, _ := strings.Cut(line, ":")
 		m[k] = strings.TrimSpace(v)
 	}
-	return m
+	return m, nil
 }
 
 // RSS returns the bytes that a process has in memory.
@@ -112,17 +120,21 @@ func FDs(tb testing.TB, pid int) map[int]string {
 	return m
 }
 
-// Threads returns the thread ids of a process.
-func Threads(tb testing.TB, pid int) (tids []string) {
+// Threads returns what /proc/PID/task/TID/status says of each thread of a
+// process. One that ends meanwhile is left out.
+func Threads(tb testing.TB, pid int) map[string]map[string]string {
 	tb.Helper()
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 	if err != nil {
 		tb.Fatal(err)
 	}
+	threads := map[string]map[string]string{}
 	for _, e := range entries {
-		tids = append(tids, e.Name())
+		if st, err := status(fmt.Sprintf("%d/task/%s", pid, e.Name())); err == nil {
+			threads[e.Name()] = st
+		}
 	}
-	return tids
+	return threads
 }
 
 // CPU returns the time that a process has spent on CPUs.
