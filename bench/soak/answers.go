@@ -35,7 +35,7 @@ type want struct {
 
 // apply does a request in the world and returns what its answer must be.
 func (w *world) apply(r *request, v *vm) want {
-	path, other := string(r.q.Path.Text()), string(r.q.Other.Text())
+	path, other := text(r.q.Path), text(r.q.Other)
 	q := &r.q
 	switch {
 	case r.t == codec.GetVersion && !v.export.versions():
@@ -127,17 +127,15 @@ func (w *world) apply(r *request, v *vm) want {
 		}
 	case codec.Utime:
 		t := q.Mtime
-		if t.Nsec == 1_000_000_000 {
-			return want{errno: unix.EINVAL}
-		}
-		if n, errno = w.find(path, false); errno == 0 {
-			switch t.Nsec {
-			case unix.UTIME_OMIT:
-			case unix.UTIME_NOW:
-				n.mtime = nil
-			default:
-				n.mtime = &t
-			}
+		n, errno = w.find(path, false)
+		switch {
+		case errno != 0 || t.Nsec == unix.UTIME_OMIT:
+		case t.Nsec == unix.UTIME_NOW:
+			n.mtime = nil
+		case t.Nsec > 999_999_999:
+			errno = unix.EINVAL
+		default:
+			n.mtime = &t
 		}
 	case codec.Rename:
 		errno = w.rename(path, other)
@@ -160,7 +158,7 @@ func (w *world) apply(r *request, v *vm) want {
 }
 
 func (w *world) xattr(r *request, path string) want {
-	q, name := &r.q, string(r.q.Name.Text())
+	q, name := &r.q, text(r.q.Name)
 	if r.t == codec.Lsetxattr && q.Size > int64(len(q.Value)) {
 		return want{errno: unix.EINVAL}
 	}

@@ -200,17 +200,19 @@ func (s *soak) hang(rng *rand.Rand) {
 	for i, c := range peers {
 		if a, err := c.TryRead(codec.Lstat); err != nil || a.Errno != unix.ENOENT {
 			s.wrong("hang: request %d is answered by %v, %v", i, a.Errno, err)
+			return
 		}
 	}
 	s.did("hang")
 }
 
-// starve takes the room for descriptors from a server.
+// starve takes the room for descriptors from a server that serves: one that
+// starts could not.
 func (s *soak) starve(rng *rand.Rand) {
 	pid := s.server(rng)
 	defer s.poverty.begin()()
 	var old unix.Rlimit
-	if pid == 0 || unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old) != nil {
+	if pid == 0 || proc.Descriptors([]int{pid}) <= s.vms || unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old) != nil {
 		return
 	}
 	if unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1, Max: old.Max}, nil) != nil {

@@ -33,7 +33,7 @@ type opened struct {
 type node struct {
 	mode     uint32 // type and permissions
 	uid, gid uint32
-	nlink    int // not of directories
+	nlink    int // names that lead here
 	rdev     uint64
 	data     string           // of a file, or where a link leads
 	entries  map[string]*node // of a directory
@@ -53,10 +53,10 @@ func newNode(mode, uid, gid uint32) *node {
 
 func (n *node) is(kind uint32) bool { return n.mode&unix.S_IFMT == kind }
 
-// links is st_nlink; 0 where only the file system knows.
+// links is st_nlink, as the file system counts.
 func (n *node) links(kind fsKind) int {
 	switch {
-	case !n.is(unix.S_IFDIR):
+	case n.nlink == 0 || !n.is(unix.S_IFDIR):
 		return n.nlink
 	case kind == btrfs:
 		return 1

@@ -21,12 +21,12 @@ type request struct {
 }
 
 func (r *request) String() string {
-	s := fmt.Sprintf("request %d: %v %q", r.n, r.t, r.q.Path.Text())
+	s := fmt.Sprintf("request %d: %v %q", r.n, r.t, text(r.q.Path))
 	switch r.t {
 	case codec.Symlink, codec.Link, codec.Rename:
-		s += fmt.Sprintf(" %q", r.q.Other.Text())
+		s += fmt.Sprintf(" %q", text(r.q.Other))
 	case codec.Lgetxattr, codec.Lsetxattr, codec.Lremovexattr:
-		s += fmt.Sprintf(" %q", r.q.Name.Text())
+		s += fmt.Sprintf(" %q", text(r.q.Name))
 	}
 	return s + fmt.Sprintf(" mode %o, flags %#x, size %d, owner %d:%d, short %v", r.q.Mode, r.q.Flags, r.q.Size, int32(r.q.UID), int32(r.q.GID), r.short)
 }
@@ -56,6 +56,9 @@ func (g *generator) cstring(s string) codec.CString {
 	}
 	return codec.CString(s)
 }
+
+// text is a string of a frame without its NUL, if it has one.
+func text(s codec.CString) string { return strings.TrimSuffix(string(s), "\x00") }
 
 func (g *generator) path() string {
 	s := "//" + g.dir + "/" + g.name()

@@ -43,7 +43,7 @@ import (
 
 // What the helper may have more than before, when all have left.
 const (
-	moreThreads = 16       // Go keeps some, the server those of spareThreads
+	moreThreads = 48       // Go keeps what it once needed at a time; there have been far more connections
 	moreMemory  = 16 << 20 // bytes: the heap's slack, slots of the journal until they are used again
 )
 
@@ -59,6 +59,7 @@ type soak struct {
 	hangs               *hang.FS
 	keeper              *exec.Cmd
 	exited              chan struct{} // closed when the keeper has ended
+	failed              chan struct{} // gets something when a fault is noted
 
 	over     atomic.Bool // the VMs end
 	late     atomic.Bool // the last quarter
@@ -74,7 +75,7 @@ type soak struct {
 
 func main() {
 	runtime.LockOSThread() // the helper ends with the thread that has started it
-	s := &soak{done: map[string]int{}, exited: make(chan struct{})}
+	s := &soak{done: map[string]int{}, exited: make(chan struct{}), failed: make(chan struct{}, 1)}
 	var names []string
 	for _, d := range disturbances {
 		names = append(names, d.name)
@@ -114,12 +115,25 @@ func main() {
 	fmt.Println("soak: passed")
 }
 
-// wrong notes what should not be.
+// wrong notes what should not be. It ends the work.
 func (s *soak) wrong(format string, a ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.faults = append(s.faults, fmt.Sprintf(format, a...))
+	select {
+	case s.failed <- struct{}{}:
+	default:
+	}
 }
+
+// abort ends a soak whose ordinary end does not come.
+func (s *soak) abort(why string) {
+	fmt.Printf("soak: FAILED, --seed %d: %s\n%s\n%s", s.seed, why, strings.Join(s.faults, "\n"), s.log())
+	s.cleanUp()
+	os.Exit(1)
+}
+
+func (s *soak) time() time.Duration { return time.Duration(s.seconds) * time.Second }
 
 // did counts a disturbance.
 func (s *soak) did(what string) {
@@ -132,6 +146,7 @@ func (s *soak) run() (err error) {
 	defer func() { err = errors.Join(err, s.cleanUp()) }()
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM)
+	time.AfterFunc(s.time()+5*helpertest.Patience, func() { s.abort("it hangs") })
 	fmt.Printf("soak: %d VMs for %d s, disturbed by %s; --seed %d\n", s.vms, s.seconds, strings.Join(s.disturb, ","), s.seed)
 	vms, err := s.prepare()
 	if err != nil {
@@ -300,8 +315,7 @@ func (s *soak) work(vms []*vm, interrupted <-chan os.Signal) error {
 		})
 	}
 	var err error
-	whole := time.Duration(s.seconds) * time.Second
-	late, end := time.After(whole*3/4), time.After(whole)
+	late, end := time.After(s.time()*3/4), time.After(s.time())
 wait:
 	for {
 		select {
@@ -311,6 +325,9 @@ wait:
 			break wait
 		case sig := <-interrupted:
 			err = fmt.Errorf("interrupted: %v", sig)
+			time.AfterFunc(5*time.Second, func() { s.abort("interrupted while it hangs") })
+			break wait
+		case <-s.failed:
 			break wait
 		case <-s.exited:
 			err = fmt.Errorf("the helper has ended:\n%s", s.log())
@@ -340,7 +357,7 @@ func (s *soak) checkLeaks(before cost) (after cost) {
 	ok := eventually(func() bool {
 		var one bool
 		after, one = s.cost()
-		return one && after.keeperFDs == before.keeperFDs && after.serverFDs == before.serverFDs &&
+		return one && after.keeperFDs == before.keeperFDs && after.serverFDs <= before.serverFDs &&
 			after.threads <= before.threads+moreThreads && after.memory <= before.memory+moreMemory
 	})
 	if !ok {

@@ -239,7 +239,7 @@ func (v *vm) settle() error {
 // reads back what is there.
 func (v *vm) look(o opened) error {
 	n, fd := o.node, int(o.fd.Fd())
-	kind := v.kindOf(string(o.r.q.Path.Text()))
+	kind := v.kindOf(text(o.r.q.Path))
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
@@ -254,18 +254,18 @@ func (v *vm) look(o opened) error {
 		return err
 	case flags&compared != int(o.r.q.Flags)&compared:
 		return fmt.Errorf("flags %#x", flags)
-	case flags&unix.O_PATH != 0:
+	case flags&unix.O_PATH != 0, n.is(unix.S_IFDIR) && n.nlink == 0: // removed meanwhile: nothing lists it
 		return nil
 	case n.is(unix.S_IFDIR):
 		entries, err := o.fd.ReadDir(-1)
 		return errors.Join(err, n.listed(entries))
 	}
 	if flags&unix.O_ACCMODE != unix.O_RDONLY {
-		at, text := 0, strings.Repeat(fmt.Sprintf("%s, request %d\n", v.dir, o.r.n), 1+o.r.n%3)
+		at, line := 0, strings.Repeat(fmt.Sprintf("%s, request %d\n", v.dir, o.r.n), 1+o.r.n%3)
 		if flags&unix.O_APPEND != 0 {
 			at = len(n.data)
 		}
-		written, err := unix.Write(fd, []byte(text))
+		written, err := unix.Write(fd, []byte(line))
 		switch {
 		case err == unix.ENOSPC && v.kind == tmpfs, err == unix.EDQUOT && v.kind == btrfs:
 			written = 0
@@ -273,7 +273,7 @@ func (v *vm) look(o opened) error {
 			return err
 		}
 		if written > 0 {
-			n.write([]byte(text[:written]), at)
+			n.write([]byte(line[:written]), at)
 		}
 	}
 	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fd/%d", fd))
