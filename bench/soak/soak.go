@@ -44,7 +44,7 @@ import (
 // What the helper may have more than before, when all have left.
 const (
 	moreThreads = 48       // Go keeps what it once needed at a time; there have been far more connections
-	moreMemory  = 16 << 20 // bytes: the heap's slack, slots of the journal until they are used again
+	moreMemory  = 32 << 20 // bytes: what the heap keeps, and slots of the journal until they are used again
 )
 
 type soak struct {

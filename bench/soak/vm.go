@@ -183,7 +183,7 @@ func (v *vm) excused(w *world, r *request, errno unix.Errno, sent time.Time) (un
 			return deaths >= 2, false
 		}
 		return deaths >= 1, deaths >= 1
-	case unix.EMFILE:
+	case unix.EMFILE, unix.ETOOMANYREFS: // the latter counts descriptors under way
 		opens := r.t == codec.Open || r.t == codec.Create || r.t == codec.GetVersion
 		poor := opens && v.soak.poverty.count(sent, now) > 0
 		return poor, poor

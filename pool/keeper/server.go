@@ -44,7 +44,13 @@ func (k *keeper) startServer(program *os.File) (*server, error) {
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	theirs.Close()
-	if err := control.awaitReady(); err != nil {
+	// One that hangs would keep all others from being started.
+	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
+	err = control.awaitReady()
+	if !late.Stop() {
+		err = fmt.Errorf("the server was not ready within %v", StartTime)
+	}
+	if err != nil {
 		control.Close()
 		status := cmd.Wait()
 		if errors.Is(err, io.EOF) {
