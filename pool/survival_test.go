@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -197,7 +198,9 @@ func TestRenewedServer(t *testing.T) {
 	if eio != 0 {
 		t.Errorf("%d times EIO", eio)
 	}
-	if renewals.Load() < 4 || steps < 100 || p.Server() == first {
+	// There may be several servers at any time: those built with the race
+	// detector take a second to leave.
+	if renewals.Load() < 4 || steps < 100 || slices.Contains(helpertest.Children(p.PID), first) {
 		t.Errorf("%d renewals, %d steps: not much of a test", renewals.Load(), steps)
 	}
 	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
