@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -68,14 +69,24 @@ func inherited(fd int, name string) *os.File {
 // Close closes this end.
 func (c *Control) Close() error { return c.file.Close() }
 
+// send may be called while another goroutine calls Close: the descriptor stays
+// until it has returned.
 func (c *Control) send(k kind, body, oob []byte, flags int) error {
-	msg := append([]byte{byte(k)}, body...)
-	for {
-		err := unix.Sendmsg(int(c.file.Fd()), msg, oob, nil, unix.MSG_NOSIGNAL|flags)
-		if err != unix.EINTR {
-			return err
-		}
+	raw, err := c.file.SyscallConn()
+	if err != nil {
+		return err
 	}
+	msg := append([]byte{byte(k)}, body...)
+	var sent error
+	err = raw.Control(func(fd uintptr) {
+		for {
+			sent = unix.Sendmsg(int(fd), msg, oob, nil, unix.MSG_NOSIGNAL|flags)
+			if sent != unix.EINTR {
+				return
+			}
+		}
+	})
+	return cmp.Or(err, sent)
 }
 
 // sendConn sends a message about a connection, with its descriptor unless that
