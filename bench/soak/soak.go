@@ -414,7 +414,7 @@ func (s *soak) report(vms []*vm, before, after cost) {
 			errnos[errno] += n
 		}
 	}
-	fmt.Printf("answers: %d; in %d batches the host told what a server that died had done\n", sum, doubts)
+	fmt.Printf("answers: %d; %d times EIO or EMFILE left open what had been done, and the tree told\n", sum, doubts)
 	for t := codec.Open; t < codec.NumTypes; t++ {
 		fmt.Printf("  %-13v %8d\n", t, answers[t])
 	}

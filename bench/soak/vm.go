@@ -32,7 +32,7 @@ type vm struct {
 
 	answers [codec.NumTypes]int
 	errnos  map[unix.Errno]int
-	doubts  int // batches that a look at the host had to tell the outcome of
+	doubts  int // batches whose outcome only the tree tells
 }
 
 // newVM makes a VM of a directory that is there and empty.
