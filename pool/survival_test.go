@@ -235,6 +235,33 @@ func TestRenewedByNothing(t *testing.T) {
 	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 }
 
+// A server that hangs at its start is given up, and does not keep others from
+// being started.
+func TestRenewedBySilence(t *testing.T) {
+	helper := filepath.Join(t.TempDir(), "helper")
+	program, err := os.ReadFile(helpertest.Ours(t))
+	if err == nil {
+		err = os.WriteFile(helper, program, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, name := helpertest.Listen(t, helper, export(t))
+	c := helpertest.Dial(t, name)
+	server := p.Server()
+	bad := helper + ".new"
+	if err := errors.Join(os.WriteFile(bad, []byte("#!/bin/sh\nexec sleep 1000\n"), 0o755), os.Rename(bad, helper)); err != nil {
+		t.Fatal(err)
+	}
+	unix.Kill(p.PID, unix.SIGHUP)
+	helpertest.Eventually(t, "two servers", func() bool { return len(helpertest.Children(p.PID)) == 2 })
+	unix.Kill(server, unix.SIGKILL)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	if !p.Logged("the new server does not start") {
+		t.Error("the failure is not logged")
+	}
+}
+
 // Requests that came together are answered once each and in order, whenever
 // the server dies in between, and so is a frame that had come in part.
 func TestKilledPipeline(t *testing.T) {

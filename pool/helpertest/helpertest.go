@@ -2,7 +2,8 @@
 // tests that look at it from the outside.
 //
 //	helpertest.go  the binaries; processes that a test starts and ends
-//	client.go      what QEMU does on a connection
+//	peer.go        what QEMU does on a connection
+//	client.go      the same, for tests
 //	proc.go        what /proc says about a process
 //	user.go        an ordinary user to start them as
 //

@@ -32,6 +32,10 @@ import (
 // StopTime is how long requests in work may take after SIGTERM.
 const StopTime = 10 * time.Second
 
+// StartTime is how long a server may take until it is ready: hundreds of times
+// what it does.
+const StartTime = 10 * time.Second
+
 // How long to wait before a server is started again: not at all if the last
 // one lived for steady, else twice as long as the time before.
 const (

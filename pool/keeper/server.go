@@ -49,7 +49,13 @@ func (k *keeper) startServer(program *os.File) (*server, error) {
 	supervise := func(violations *os.File) {
 		go k.Confine.Supervise(violations, func(call string) { k.violated(cmd.Process, call) })
 	}
-	if err := control.awaitReady(supervise); err != nil {
+	// One that hangs would keep all others from being started.
+	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
+	err = control.awaitReady(supervise)
+	if !late.Stop() {
+		err = fmt.Errorf("the server was not ready within %v", StartTime)
+	}
+	if err != nil {
 		control.Close()
 		status := cmd.Wait()
 		if errors.Is(err, io.EOF) {

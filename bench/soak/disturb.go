@@ -1,0 +1,311 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/helpertest"
+)
+
+// disturbances are what may happen meanwhile, in the order of --help.
+var disturbances = []struct {
+	name, help string
+	run        func(*soak, *rand.Rand) // once; then it waits up to pause
+	pause      time.Duration
+	late       bool // also in the last quarter, which one server lives through
+}{
+	{"kill", "kill -9 a server", (*soak).kill, 1700 * time.Millisecond, false},
+	{"hup", "SIGHUP to the keeper: another server takes over", (*soak).renew, 4 * time.Second, false},
+	{"cut", "clients leave in the middle of frames, send garbage, read no answers", (*soak).cut, 40 * time.Millisecond, true},
+	{"hang", "requests of others hang in a FUSE mount", (*soak).hang, 4 * time.Second, true},
+	{"full", "some VMs live on file systems without room: ENOSPC, EDQUOT", nil, 0, true},
+	{"emfile", "the server gets no more descriptors for a while", (*soak).starve, 3 * time.Second, true},
+}
+
+// spans remembers when something went on.
+type spans struct {
+	mu   sync.Mutex
+	list []*[2]time.Time // from, to; to is zero if it goes on
+}
+
+// begin notes that it goes on until end is called.
+func (s *spans) begin() (end func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	span := &[2]time.Time{time.Now()}
+	s.list = append(s.list, span)
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		span[1] = time.Now()
+	}
+}
+
+// count returns how often it went on between from and to.
+func (s *spans) count(from, to time.Time) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, span := range s.list {
+		if !span[0].After(to) && (span[1].IsZero() || !span[1].Before(from)) {
+			n++
+		}
+	}
+	return n
+}
+
+// server is one of the servers there are now; 0 if there is none.
+func (s *soak) server(rng *rand.Rand) int {
+	pids := helpertest.Children(s.keeper.Process.Pid)
+	if len(pids) == 0 {
+		return 0
+	}
+	return pids[rng.IntN(len(pids))]
+}
+
+// kill kills a server and waits until it is dead: as long as one of its threads
+// lives it may answer.
+func (s *soak) kill(rng *rand.Rand) {
+	s.calm.Lock()
+	defer s.calm.Unlock()
+	fd, err := unix.PidfdOpen(s.server(rng), 0)
+	if err != nil {
+		return // there is none
+	}
+	defer unix.Close(fd)
+	defer s.deaths.begin()()
+	if unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) != nil {
+		return
+	}
+	ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for end := time.Now().Add(helpertest.Patience); ready[0].Revents == 0; unix.Poll(ready, 1000) {
+		if time.Now().After(end) {
+			s.wrong("kill: the server does not die of SIGKILL")
+			return
+		}
+	}
+	s.did("kill")
+}
+
+func (s *soak) renew(*rand.Rand) {
+	unix.Kill(s.keeper.Process.Pid, unix.SIGHUP)
+	s.did("hup")
+}
+
+// cut is a client that does not behave. One in a few does: whatever happens,
+// new connections are served.
+func (s *soak) cut(rng *rand.Rand) {
+	c, err := helpertest.DialPeer(s.socket)
+	if err != nil {
+		s.wrong("cut: connect: %v", err)
+		return
+	}
+	defer c.Close()
+	root := codec.Request{Path: helpertest.Path("/shared")}
+	open, lstat := root.Append(nil, codec.Open), root.Append(nil, codec.Lstat)
+	long := codec.Request{Path: helpertest.Path("/shared/none"), Name: codec.CString("user.x"), Value: make([]byte, 60_000), Size: 1}
+	frame := long.Append(nil, codec.Lsetxattr)
+	send := func(b []byte) {
+		c.Conn().SetWriteDeadline(time.Now().Add(time.Second))
+		c.Conn().Write(b)
+	}
+	switch rng.IntN(8) {
+	case 0: // leaves at once
+	case 1: // in the middle of a header
+		send(lstat[:1+rng.IntN(codec.HeaderSize-1)])
+	case 2: // or of a payload
+		send(append(lstat, frame[:codec.HeaderSize+rng.IntN(60_000)]...))
+	case 3: // before the answer
+		send(append(open, open...))
+	case 4: // never reads
+		var many []byte
+		for range 500 {
+			many = append(many, lstat...)
+		}
+		for range 20 {
+			c.Conn().SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+			if _, err := c.Conn().Write(many); err != nil {
+				break
+			}
+		}
+	case 5: // no protocol at all: the connection is closed
+		garbage := make([]byte, codec.HeaderSize+rng.IntN(100))
+		for i := range garbage {
+			garbage[i] = byte(rng.Uint32()) | 0x80
+		}
+		send(garbage)
+		c.Conn().SetReadDeadline(time.Now().Add(helpertest.Patience))
+		if n, err := c.Conn().Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, unix.ECONNRESET) {
+			s.wrong("cut: garbage %x is answered by %d bytes, %v", garbage, n, err)
+		}
+	default:
+		for range 3 {
+			sent := time.Now()
+			a, err := c.TryDo(codec.Lstat, root)
+			if err != nil || a.Errno != 0 && !(a.Errno == unix.EIO && s.deaths.count(sent, time.Now()) > 1) {
+				s.wrong("cut: LSTAT on a new connection: %v %v", a.Errno, err)
+			}
+		}
+	}
+	s.did("cut")
+}
+
+// hung is how many requests hang at once.
+const hung = 6
+
+// hang lets requests hang for a while. All others go on meanwhile, and in the
+// end each is answered.
+//
+// No server is killed in that time: a process can't die before the file system
+// has answered its threads, and until it is dead there is no other server.
+func (s *soak) hang(rng *rand.Rand) {
+	s.calm.Lock()
+	defer s.calm.Unlock()
+	s.hangs.Hold()
+	defer s.hangs.Release()
+	peers := make([]*helpertest.Peer, hung)
+	for i := range peers {
+		c, err := helpertest.DialPeer(s.socket)
+		if err != nil {
+			s.wrong("hang: connect: %v", err)
+			return
+		}
+		defer c.Close()
+		peers[i] = c
+		q := codec.Request{Path: helpertest.Path(fmt.Sprintf("/hung/%d", i))}
+		if err := c.TrySend(q.Append(nil, codec.Lstat)); err != nil {
+			s.wrong("hang: send: %v", err)
+		}
+	}
+	if !eventually(func() bool { return s.hangs.Waiting() == hung }) {
+		s.wrong("hang: %d requests have come to the file system of %d", s.hangs.Waiting(), hung)
+	}
+	before := s.answered.Load()
+	if !eventually(func() bool { return s.answered.Load() > before+100 || s.over.Load() }) {
+		s.wrong("hang: nobody else is served meanwhile")
+	}
+	time.Sleep(time.Duration(rng.Int64N(int64(time.Second))))
+	s.hangs.Release()
+	for i, c := range peers {
+		if a, err := c.TryRead(codec.Lstat); err != nil || a.Errno != unix.ENOENT {
+			s.wrong("hang: request %d is answered by %v, %v", i, a.Errno, err)
+			return
+		}
+	}
+	s.did("hang")
+}
+
+// starve takes the room for descriptors from a server that serves: one that
+// starts could not.
+func (s *soak) starve(rng *rand.Rand) {
+	pid := s.server(rng)
+	defer s.poverty.begin()()
+	var old unix.Rlimit
+	if pid == 0 || proc.Descriptors([]int{pid}) <= s.vms || unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old) != nil {
+		return
+	}
+	if unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1, Max: old.Max}, nil) != nil {
+		return
+	}
+	time.Sleep(time.Duration(50+rng.IntN(200)) * time.Millisecond)
+	unix.Prlimit(pid, unix.RLIMIT_NOFILE, &old, nil)
+	s.did("emfile")
+}
+
+// tmpfs and its room for inodes.
+const (
+	tmpfs       fsKind = 0x01021994
+	tmpfsInodes        = 24
+)
+
+// fill mounts file systems with little room on the directories of some VMs:
+// each eighth one gets a tmpfs, and each eighth one a subvolume with a quota of
+// a btrfs in a file.
+func (s *soak) fill(dirs []string) error {
+	var quota []string
+	for i, dir := range dirs {
+		switch i % 8 {
+		case 3:
+			if err := s.mount("tmpfs", filepath.Join(s.export, dir), "tmpfs", fmt.Sprintf("mode=0755,size=64k,nr_inodes=%d", tmpfsInodes)); err != nil {
+				return err
+			}
+		case 6:
+			quota = append(quota, dir)
+		}
+	}
+	image, top := filepath.Join(s.dir, "image"), filepath.Join(s.dir, "btrfs")
+	commands := [][]string{
+		{"truncate", "-s", "256M", image},
+		{"mkfs.btrfs", "-q", image},
+		{"mkdir", top},
+		{"mount", "-o", "loop", image, top},
+		{"btrfs", "quota", "enable", top},
+	}
+	for _, dir := range quota {
+		volume := filepath.Join(top, dir)
+		commands = append(commands, []string{"btrfs", "subvolume", "create", volume},
+			[]string{"btrfs", "qgroup", "limit", "40K", volume})
+	}
+	for _, command := range commands {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w (package btrfs-progs?)\n%s", strings.Join(command, " "), err, out)
+		}
+		if command[0] == "mount" {
+			s.mounts = append(s.mounts, top)
+		}
+	}
+	for _, dir := range quota {
+		at := filepath.Join(s.export, dir)
+		if err := unix.Mount(filepath.Join(top, dir), at, "", unix.MS_BIND, ""); err != nil {
+			return &os.PathError{Op: "mount", Path: at, Err: err}
+		}
+		s.mounts = append(s.mounts, at)
+	}
+	return nil
+}
+
+func (s *soak) mount(source, at, kind, options string) error {
+	if err := unix.Mount(source, at, kind, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		return &os.PathError{Op: "mount", Path: at, Err: err}
+	}
+	s.mounts = append(s.mounts, at)
+	return nil
+}
+
+// eventually waits until ok says true, up to Patience.
+func eventually(ok func() bool) bool {
+	for end := time.Now().Add(helpertest.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
+
+// cost is what the helper has when it serves nobody.
+type cost struct {
+	keeperFDs, serverFDs int
+	threads              int
+	memory               float64 // bytes, of both processes
+}
+
+func (s *soak) cost() (c cost, one bool) {
+	keeper := s.keeper.Process.Pid
+	pids := proc.Descendants([]int{keeper})
+	if len(pids) != 2 {
+		return c, false
+	}
+	m := proc.MemoryOf(pids)
+	return cost{proc.Descriptors(pids[:1]), proc.Descriptors(pids[1:]), m.Threads, m.PSS}, true
+}

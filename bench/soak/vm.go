@@ -1,0 +1,284 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/helpertest"
+)
+
+// vm is a synthetic VM: a connection, a directory of its own in the export, and
+// what its answers and that directory must be.
+type vm struct {
+	soak   *soak
+	index  int
+	dir    string // in the export
+	host   string // the same on the host
+	kind   fsKind // of the file system there
+	export fsKind // and of the export's own
+
+	peer   *helpertest.Peer
+	gen    *generator
+	worlds []*world // that may be: one, but within a batch that a server has died over
+
+	answers [codec.NumTypes]int
+	errnos  map[unix.Errno]int
+	doubts  int // batches whose outcome only the tree tells
+}
+
+// newVM makes a VM of a directory that is there and empty.
+func newVM(s *soak, index int, dir string) (*vm, error) {
+	v := &vm{soak: s, index: index, dir: dir, host: filepath.Join(s.export, dir), errnos: map[unix.Errno]int{}}
+	v.gen = newGenerator(s.seed, index, dir)
+	var err error
+	if v.kind, err = kindOf(v.host); err != nil {
+		return nil, err
+	}
+	if v.export, err = kindOf(s.export); err != nil {
+		return nil, err
+	}
+	// The root itself is not looked at: it stands for what is not this VM's.
+	root := newNode(unix.S_IFDIR, 0, 0)
+	root.entries[dir] = newNode(unix.S_IFDIR|0o755, 0, 0)
+	root.entries["shared"] = sharedTree()
+	v.worlds = []*world{{root: root}}
+	return v, nil
+}
+
+func kindOf(dir string) (fsKind, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return fsKind(st.Type), nil
+}
+
+func (v *vm) kindOf(path string) fsKind {
+	if split(path)[0] == v.dir {
+		return v.kind
+	}
+	return v.export
+}
+
+// tree is what the VM's directory must be.
+func (w *world) tree(v *vm) *node { return w.root.entries[v.dir] }
+
+// run asks until the time is over. An error names the request.
+func (v *vm) run(over *atomic.Bool) error {
+	for !over.Load() {
+		batch := make([]*request, 1)
+		if v.gen.oneIn(4) { // several at once: answers come in their order
+			batch = make([]*request, 1+v.gen.IntN(12))
+		}
+		var frames []byte
+		for i := range batch {
+			batch[i] = v.gen.next()
+			frames = append(frames, batch[i].frame...)
+		}
+		at := len(frames) // some come in two pieces
+		if v.gen.oneIn(8) {
+			at = v.gen.IntN(len(frames))
+		}
+		sent := time.Now()
+		if err := errors.Join(v.peer.TrySend(frames[:at]), v.peer.TrySend(frames[at:])); err != nil {
+			return fmt.Errorf("%v: send: %w", batch[0], err)
+		}
+		eio := 0
+		for _, r := range batch {
+			a, err := v.peer.TryRead(r.t)
+			if err != nil {
+				return fmt.Errorf("%v: no answer: %w", r, err)
+			}
+			if err := v.judge(r, a, sent); err != nil {
+				return fmt.Errorf("%v: %w", r, err)
+			}
+			if a.Errno == unix.EIO {
+				eio++
+			}
+		}
+		if n := v.soak.deaths.count(sent, time.Now()); eio > n {
+			return fmt.Errorf("%v and those sent with it: %d times EIO, with %d deaths", batch[0], eio, n)
+		}
+		if err := v.settle(); err != nil {
+			return fmt.Errorf("after %v: %w", batch[len(batch)-1], err)
+		}
+		if v.gen.oneIn(10) {
+			time.Sleep(time.Duration(v.gen.IntN(30)) * time.Millisecond)
+		}
+	}
+	return v.silent()
+}
+
+// silent finds an answer too many.
+func (v *vm) silent() error {
+	v.peer.Conn().SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+	n, err := v.peer.Conn().Read(make([]byte, 1))
+	if timeout := net.Error(nil); n == 0 && errors.As(err, &timeout) && timeout.Timeout() {
+		return nil
+	}
+	return fmt.Errorf("all is answered, and %d bytes more come: %v", n, err)
+}
+
+// judge keeps the worlds where the answer is right.
+func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
+	v.soak.answered.Add(1)
+	v.answers[r.t]++
+	v.errnos[a.Errno]++
+	var left []*world
+	var wrong error
+	for _, w := range v.worlds {
+		undone, done := v.excused(w, r, a.Errno, sent)
+		if undone {
+			left = append(left, w.clone())
+		}
+		want := w.apply(r, v)
+		switch err := want.judge(a); {
+		case err == nil:
+			if want.node != nil {
+				w.opened = append(w.opened, opened{a.File, want.node, r})
+			}
+			left = append(left, w)
+		case done && want.errno == 0:
+			left = append(left, w)
+		default:
+			wrong = err
+		}
+	}
+	if len(left) == 0 {
+		return wrong
+	}
+	v.worlds = left
+	return nil
+}
+
+func (w *want) judge(a helpertest.Answer) error {
+	switch {
+	case a.Errno != w.errno:
+		return fmt.Errorf("%v (%d), want %v (%d)", a.Errno, a.Errno, w.errno, w.errno)
+	case a.Errno == 0 && w.check != nil:
+		return w.check(a.Payload)
+	case a.Errno == 0 && w.node == nil && string(a.Payload) != "\x00\x00\x00\x00":
+		return fmt.Errorf("%x, want the status 0", a.Payload)
+	}
+	return nil
+}
+
+// excused tells that a disturbance may have made this the answer in world w,
+// with the request not done, or done all the same.
+func (v *vm) excused(w *world, r *request, errno unix.Errno, sent time.Time) (undone, done bool) {
+	now := time.Now()
+	switch errno {
+	case unix.EIO:
+		deaths := v.soak.deaths.count(sent, now)
+		if repeatable(r) { // the second server that dies over it is the last
+			return deaths >= 2, false
+		}
+		return deaths >= 1, deaths >= 1
+	case unix.EMFILE, unix.ETOOMANYREFS: // the latter counts descriptors under way
+		opens := r.t == codec.Open || r.t == codec.Create || r.t == codec.GetVersion
+		poor := opens && v.soak.poverty.count(sent, now) > 0
+		return poor, poor
+	case unix.ENOSPC:
+		// As tmpfs counts, attributes take room of inodes, less than one each.
+		t := w.tree(v)
+		return v.kind == tmpfs && t.names()+len(t.xattrs)+len(w.opened)+4 > tmpfsInodes, false
+	case unix.EDQUOT:
+		return v.kind == btrfs && v.kind != v.export, false
+	}
+	return false, false
+}
+
+// repeatable is what the protocol's documentation calls so, said once more.
+func repeatable(r *request) bool {
+	switch r.t {
+	case codec.Lstat, codec.Readlink, codec.Statfs, codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
+		return true
+	}
+	return r.t == codec.Open && (r.short || r.q.Flags&(unix.O_CREAT|unix.O_TRUNC) == 0)
+}
+
+// settle finds out which world it is once all is answered, and looks at the
+// descriptors that have come.
+func (v *vm) settle() error {
+	if len(v.worlds) > 1 {
+		v.doubts++
+		var all []error
+		for _, w := range v.worlds {
+			err := w.tree(v).compare(v.host, v.kind, map[uint64]*node{})
+			if err == nil {
+				all, v.worlds = nil, []*world{w}
+				break
+			}
+			all = append(all, err)
+		}
+		if all != nil {
+			return fmt.Errorf("neither done nor not done: %w", errors.Join(all...))
+		}
+	}
+	w := v.worlds[0]
+	for _, o := range w.opened {
+		if err := v.look(o); err != nil {
+			return fmt.Errorf("the descriptor of %v: %w", o.r, err)
+		}
+		o.fd.Close()
+	}
+	w.opened = nil
+	return nil
+}
+
+// look compares a descriptor with what it must be, writes by it if it can, and
+// reads back what is there.
+func (v *vm) look(o opened) error {
+	n, fd := o.node, int(o.fd.Fd())
+	kind := v.kindOf(text(o.r.q.Path))
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if err := n.matches(&st, kind); err != nil {
+		return err
+	}
+	flags, err := unix.FcntlInt(o.fd.Fd(), unix.F_GETFL, 0)
+	const compared = unix.O_ACCMODE | unix.O_APPEND | unix.O_PATH
+	switch {
+	case err != nil:
+		return err
+	case flags&compared != int(o.r.q.Flags)&compared:
+		return fmt.Errorf("flags %#x", flags)
+	case flags&unix.O_PATH != 0, n.is(unix.S_IFDIR) && n.nlink == 0: // removed meanwhile: nothing lists it
+		return nil
+	case n.is(unix.S_IFDIR):
+		entries, err := o.fd.ReadDir(-1)
+		return errors.Join(err, n.listed(entries))
+	}
+	if flags&unix.O_ACCMODE != unix.O_RDONLY {
+		at, line := 0, strings.Repeat(fmt.Sprintf("%s, request %d\n", v.dir, o.r.n), 1+o.r.n%3)
+		if flags&unix.O_APPEND != 0 {
+			at = len(n.data)
+		}
+		written, err := unix.Write(fd, []byte(line))
+		switch {
+		case err == unix.ENOSPC && v.kind == tmpfs, err == unix.EDQUOT && v.kind == btrfs:
+			written = 0
+		case err != nil:
+			return err
+		}
+		if written > 0 {
+			n.write([]byte(line[:written]), at)
+		}
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil || string(b) != n.data {
+		return fmt.Errorf("%.80q (%v), want %.80q", b, err, n.data)
+	}
+	return nil
+}
