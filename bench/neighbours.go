@@ -51,7 +51,7 @@ func (n *neighbours) hangThem(export string) (err error) {
 	}
 	for deadline := time.Now().Add(patience); n.fs.Waiting() < len(n.fds); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%d of %d requests hang: see --workers of the helper", n.fs.Waiting(), len(n.fds))
+			return fmt.Errorf("%d of %d requests hang: see --workers of the helper, and whether the mount of --dir is shared", n.fs.Waiting(), len(n.fds))
 		}
 	}
 	return nil
