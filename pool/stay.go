@@ -40,6 +40,9 @@ const slackProcs = 8
 func (c *conn) await() int {
 	p := &c.pace
 	n := 0
+	if c.minor.Load() {
+		return 0
+	}
 	if p.busy && c.takeSeat() {
 		if p.spins() && c.srv.crowd.thin() {
 			n = c.spin()
@@ -112,11 +115,14 @@ type crowd struct {
 	seats atomic.Int32 // that are left: connections that may sleep, a Go processor each
 	busy  atomic.Int32 // connections that were, at the last count
 	spin  int32        // so many may spin: half the CPUs, as each one's client needs one, too
+	major uint64       // who asks for this part of all is not one of a crowd
+	much  bool         // was asked at the last count; under Server.mu
 }
 
 func newCrowd(seats int) *crowd {
 	runtime.GOMAXPROCS(seats + slackProcs)
-	c := &crowd{spin: int32(max(1, runtime.NumCPU()/2))}
+	cpus := runtime.NumCPU()
+	c := &crowd{spin: int32(max(1, cpus/2)), major: uint64(4 * cpus)}
 	c.seats.Store(int32(seats))
 	return c
 }
@@ -145,28 +151,62 @@ func (c *conn) giveSeat() {
 // count counts who has been busy since the last count, which a request that
 // hangs is not.
 func (s *Server) count() {
-	if !s.mu.TryLock() {
-		return
+	if s.mu.TryLock() {
+		s.countLocked(nanotime())
+		s.mu.Unlock()
 	}
-	defer s.mu.Unlock()
-	now, busy := nanotime(), int32(0)
+}
+
+func (s *Server) countLocked(now int64) {
 	if now-s.counted < minCountEvery.Nanoseconds() {
 		return
 	}
 	s.counted = now
 	for c := range s.turns {
-		served := c.served.Load()
-		if served-c.count >= busyIfServed {
+		if !c.visitor {
+			s.visitors = append(s.visitors, c)
+		}
+	}
+	busy, total := int32(0), uint64(0)
+	for _, c := range s.visitors {
+		served := c.served.Load() - c.count
+		if served >= busyIfServed {
 			busy++
 		}
-		c.count = served
+		total += served
 	}
 	s.crowd.busy.Store(busy)
+	s.crowd.much = total >= crowdIfServed
+	for _, c := range s.visitors {
+		served := c.served.Load()
+		c.minor.Store(s.crowd.much && (served-c.count)*s.crowd.major < total)
+		c.count, c.counted, c.visitor = served, now, false
+	}
+	clear(s.visitors)
+	s.visitors = s.visitors[:0]
+}
+
+// servesHere decides whether a loop serves a request itself. The caller holds
+// mu.
+func (s *Server) servesHere(c *conn, now int64) bool {
+	if !s.crowd.much || !c.recovered || c.stuck != 0 && now-c.stuck < stuckFor.Nanoseconds() {
+		return false
+	}
+	if c.counted == s.counted && !c.minor.Load() {
+		return false
+	}
+	if !c.visitor {
+		c.visitor = true
+		s.visitors = append(s.visitors, c)
+	}
+	return true
 }
 
 const (
 	minCountEvery = 2 * time.Millisecond
-	busyIfServed  = 8 // requests from one count to the next
+	busyIfServed  = 8  // requests from one count to the next
+	crowdIfServed = 32 // by all of them
+	stuckFor      = time.Second
 )
 
 // pace learns whether spinning pays for a connection. Time is cut in windows:
