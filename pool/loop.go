@@ -14,7 +14,7 @@ import (
 
 // stuckAfter is how long a request may take on the loop before another thread
 // leads it.
-const stuckAfter = time.Millisecond
+const stuckAfter = 8 * time.Millisecond
 
 // loop is an epoll loop, where connections rest. A request that comes there
 // gives its connection a turn on a thread, or is served by the loop itself

@@ -189,7 +189,7 @@ func (s *Server) countLocked(now int64) {
 // servesHere decides whether a loop serves a request itself. The caller holds
 // mu.
 func (s *Server) servesHere(c *conn, now int64) bool {
-	if !s.crowd.much || !c.recovered || c.stuck != 0 && now-c.stuck < stuckFor.Nanoseconds() {
+	if !s.crowd.much && len(s.turns) < int(s.crowd.major) || !c.recovered || c.stuck != 0 && now-c.stuck < stuckFor.Nanoseconds() {
 		return false
 	}
 	if c.counted == s.counted && !c.minor.Load() {
