@@ -28,12 +28,14 @@ type conn struct {
 	pace   pace
 	seat   bool          // taken from the crowd
 	served atomic.Uint64 // answers, for Server.count
-	minor  atomic.Bool   // of a crowd, at the last count
-	// Under Server.mu:
-	count   uint64 // of served, at the last count
-	counted int64  // when that was, in ns
-	visitor bool   // of Server.visitors
-	stuck   int64  // when it was too slow for the loop, in ns
+	minor  atomic.Bool   // one of a crowd, at the last count
+
+	// Under Server.mu, for the crowd:
+	visitor bool   // it is among crowd.visitors
+	counted int64  // when it last was counted, in ns
+	count   uint64 // of served, then
+	recent  uint64 // of served, from the count before to that
+	apart   int64  // until when no loop serves it, in ns
 }
 
 // turn is what a connection needs while it is served.

@@ -12,9 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stuckAfter is how long a request may take on the loop before another thread
-// leads it.
+// stuckAfter is how long a request may take on a loop before another thread
+// leads that. It is more than a thread waits that a client takes the CPU from.
 const stuckAfter = 8 * time.Millisecond
+
+// waitTakes is what it takes at least to wait in epoll, rather than to find
+// there what has come already.
+const waitTakes = 4 * time.Microsecond
 
 // loop is an epoll loop, where connections rest. A request that comes there
 // gives its connection a turn on a thread, or is served by the loop itself
@@ -33,8 +37,10 @@ type loop struct {
 	leader   *leader
 	here     *conn // that the leader serves itself, and
 	began    int64 // since when, in ns
-	visits   uint  // that it has served so
+	ended    int64 // when it last did so
+	visits   uint  // how often it has done so
 	watching bool
+	recent   struct{ visits, waits uint } // since idles was asked
 }
 
 // leader is the goroutine that leads a loop.
@@ -107,8 +113,7 @@ func (l *loop) wake(me *leader, fd int) error {
 		return nil
 	}
 	now := nanotime()
-	s.countLocked(now)
-	if !s.servesHere(c, now) {
+	if !s.loopServes(c, now) {
 		c.minor.Store(false)
 		l.unrest(c)
 		go s.serve(c)
@@ -119,10 +124,15 @@ func (l *loop) wake(me *leader, fd int) error {
 		go l.watch()
 	}
 	l.visits++
+	l.recent.visits++
+	if now-l.ended > waitTakes.Nanoseconds() {
+		l.recent.waits++
+	}
 	l.here, l.began = c, now
 	s.mu.Unlock()
 	end := c.visit()
 	s.mu.Lock()
+	l.ended = nanotime()
 	if l.leader != me { // it was stuck, and has had a turn
 		s.finish(c, end)
 		return gerrors.ErrEngineShutdown
@@ -140,6 +150,18 @@ func (l *loop) wake(me *leader, fd int) error {
 	return nil
 }
 
+// idles tells whether the loop has waited for many of the requests that it has
+// served itself since it was last asked. The caller holds mu.
+func (l *loop) idles() bool {
+	const enough, batch = 32, 3
+	r := l.recent
+	if r.visits < enough {
+		return false
+	}
+	l.recent = struct{ visits, waits uint }{}
+	return r.waits*batch > r.visits
+}
+
 // watch looks whether the leader is stuck, as long as it serves connections.
 // It has a thread of its own: the runtime's timers may be late (monitor.go).
 func (l *loop) watch() {
@@ -152,7 +174,7 @@ func (l *loop) watch() {
 		l.srv.mu.Lock()
 		if c := l.here; c != nil && nanotime()-l.began > stuckAfter.Nanoseconds() {
 			l.unrest(c)
-			c.stuck = nanotime()
+			c.apart = nanotime() + apartFor.Nanoseconds()
 			l.lead()
 		}
 		if l.visits != seen {

@@ -1,7 +1,8 @@
 // Package pool serves connections: it reads their frames, gives each its turn
 // in the file system and sends the answers.
 //
-//	pool.go      the server: connections come, rest in the epoll loop, and go
+//	pool.go      the server: connections come, rest in an epoll loop, and go
+//	loop.go      the epoll loops: who rests there gets a turn, or is served there
 //	conn.go      one connection's turn: frames in, answers out
 //	stay.go      the one place that decides where a connection spends its time
 //	monitor.go   what the Go runtime costs when little is asked
@@ -66,8 +67,6 @@ type Server struct {
 
 	mu       sync.Mutex
 	turns    map[*conn]struct{}
-	visitors []*conn // that a loop has served itself since the last count
-	counted  int64   // when busy connections were last counted, in ns
 	draining bool
 	lonely   bool // nobody adds connections any more
 	closed   sync.Once
