@@ -17,6 +17,7 @@ import (
 // all fields but those marked are the turn's alone.
 type conn struct {
 	srv  *Server
+	loop *loop  // where it rests
 	id   uint32 // the keeper's number of it
 	fd   int
 	slot *journal.Slot // what has been received and is in work
@@ -27,7 +28,14 @@ type conn struct {
 	pace   pace
 	seat   bool          // taken from the crowd
 	served atomic.Uint64 // answers, for Server.count
-	count  uint64        // of them; under Server.mu
+	minor  atomic.Bool   // one of a crowd, at the last count
+
+	// Under Server.mu, for the crowd:
+	visitor bool   // it is among crowd.visitors
+	counted int64  // when it last was counted, in ns
+	count   uint64 // of served, then
+	recent  uint64 // of served, from the count before to that
+	apart   int64  // until when no loop serves it, in ns
 }
 
 // turn is what a connection needs while it is served.
@@ -64,13 +72,9 @@ func prepare(fd int) error {
 // connection stays (stay.go).
 func (c *conn) take() outcome {
 	beginThread()
-	c.turn.request, c.turn.answer = buffers.Get(), buffers.Get()
-	c.turn.call.Out = c.turn.answer.B
+	c.takeBuffers()
 	defer func() {
-		c.turn.answer.B = c.turn.call.Out
-		buffers.Put(c.turn.request)
-		buffers.Put(c.turn.answer)
-		c.turn = turn{}
+		c.giveBuffers()
 		c.giveSeat()
 	}()
 	if !c.recovered {
@@ -93,6 +97,36 @@ func (c *conn) take() outcome {
 			return resting
 		}
 	}
+}
+
+// visit is what comes of bytes on the loop: it serves what there is.
+func (c *conn) visit() outcome {
+	n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT)
+	switch {
+	case errno == unix.EAGAIN || errno == unix.EINTR:
+		return resting
+	case n <= 0:
+		return left
+	}
+	c.takeBuffers()
+	end := c.serveFrames()
+	c.giveBuffers()
+	if end == resting && c.slot.Pending() == 0 {
+		c.slot.Rest()
+	}
+	return end
+}
+
+func (c *conn) takeBuffers() {
+	c.turn.request, c.turn.answer = buffers.Get(), buffers.Get()
+	c.turn.call.Out = c.turn.answer.B
+}
+
+func (c *conn) giveBuffers() {
+	c.turn.answer.B = c.turn.call.Out
+	buffers.Put(c.turn.request)
+	buffers.Put(c.turn.answer)
+	c.turn = turn{}
 }
 
 // serveFrames serves the whole frames that have come. It ends with resting if

@@ -1,7 +1,8 @@
 // Package pool serves connections: it reads their frames, gives each its turn
 // in the file system and sends the answers.
 //
-//	pool.go      the server: connections come, rest in the epoll loop, and go
+//	pool.go      the server: connections come, rest in an epoll loop, and go
+//	loop.go      the epoll loops: who rests there gets a turn, or is served there
 //	conn.go      one connection's turn: frames in, answers out
 //	stay.go      the one place that decides where a connection spends its time
 //	monitor.go   what the Go runtime costs when little is asked
@@ -40,9 +41,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	gerrors "github.com/panjf2000/gnet/v2/pkg/errors"
-	"github.com/panjf2000/gnet/v2/pkg/netpoll"
-	"github.com/panjf2000/gnet/v2/pkg/queue"
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops"
@@ -65,12 +63,10 @@ type Server struct {
 	spare       atomic.Int32 // threads that have ended a turn
 	handingOver atomic.Bool
 	bell        int // an eventfd, readable once handing over has begun
+	loops       []*loop
 
 	mu       sync.Mutex
-	poller   *netpoll.Poller
-	resting  map[int]*conn // in the poller, by descriptor
 	turns    map[*conn]struct{}
-	counted  int64 // when busy connections were last counted, in ns
 	draining bool
 	lonely   bool // nobody adds connections any more
 	closed   sync.Once
@@ -88,7 +84,6 @@ func NewServer(fs *ops.FS, j *journal.Journal, n int, gone func(id uint32, ended
 		workers: NewWorkers(n),
 		crowd:   newCrowd(n),
 		gone:    gone,
-		resting: make(map[int]*conn),
 		turns:   make(map[*conn]struct{}),
 		empty:   make(chan struct{}),
 	}
@@ -96,32 +91,29 @@ func NewServer(fs *ops.FS, j *journal.Journal, n int, gone func(id uint32, ended
 	if s.bell, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	if s.poller, err = netpoll.OpenPoller(); err != nil {
-		return nil, fmt.Errorf("epoll loop: %w", err)
+	for range max(1, runtime.NumCPU()/2) { // the other CPUs are the clients'
+		l, err := newLoop(s)
+		if err != nil {
+			return nil, err
+		}
+		s.loops = append(s.loops, l)
 	}
-	go s.poll()
 	return s, nil
 }
 
-// poll is the epoll loop, until Close.
-func (s *Server) poll() {
-	err := s.poller.Polling(s.wake)
-	if !errors.Is(err, gerrors.ErrEngineShutdown) {
-		panic(fmt.Sprintf("epoll loop: %v", err)) // the keeper starts another server
-	}
-	s.poller.Close()
-	unix.Close(s.bell)
-}
-
-// Close ends the epoll loop of a server that has no connections any more.
+// Close ends the epoll loops of a server that has no connections any more.
 func (s *Server) Close() error {
-	return s.poller.Trigger(queue.HighPriority, func(any) error { return gerrors.ErrEngineShutdown }, nil)
+	var err error
+	for _, l := range s.loops {
+		err = errors.Join(err, l.close())
+	}
+	return errors.Join(err, unix.Close(s.bell))
 }
 
 // Add serves a connected stream socket, which the server owns from now on.
 // What another server has left of it is in its slot of the journal, number id.
 func (s *Server) Add(fd int, id uint32) error {
-	c := &conn{srv: s, id: id, fd: fd, slot: s.journal.Slot(id), pace: newPace()}
+	c := &conn{srv: s, id: id, fd: fd, slot: s.journal.Slot(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
 	if c.slot == nil {
 		c.close(true)
 		return fmt.Errorf("no slot %d in the journal", id)
@@ -141,31 +133,15 @@ func (s *Server) Add(fd int, id uint32) error {
 	return nil
 }
 
-// wake gives a connection its turn: bytes have come, or the client has left.
-// It runs on the epoll loop.
-func (s *Server) wake(fd int, _ netpoll.IOEvent, _ netpoll.IOFlags) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c := s.resting[fd]; c != nil {
-		s.unrest(c)
-		go s.serve(c)
-	}
-	return nil
-}
-
-// unrest takes a connection out of the poller. The caller holds mu.
-func (s *Server) unrest(c *conn) {
-	s.poller.Delete(c.fd)
-	delete(s.resting, c.fd)
-	s.turns[c] = struct{}{}
-}
-
 // serve is the goroutine of a turn.
 func (s *Server) serve(c *conn) {
 	if s.spare.Add(-1) < 0 {
 		s.spare.Add(1)
 	}
-	s.finish(c, c.take())
+	end := c.take()
+	s.mu.Lock()
+	s.finish(c, end)
+	s.mu.Unlock()
 	if s.spare.Add(1) <= spareThreads {
 		return
 	}
@@ -179,10 +155,8 @@ func (s *Server) serve(c *conn) {
 	runtime.LockOSThread() // the thread ends with this goroutine
 }
 
-// finish ends a turn.
+// finish ends a turn. The caller holds mu.
 func (s *Server) finish(c *conn, end outcome) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if end == resting && s.handingOver.Load() {
 		end = leaving
 	}
@@ -191,10 +165,8 @@ func (s *Server) finish(c *conn, end outcome) {
 		go s.serve(c) // on another thread: this goroutine ends, and its thread with it
 		return
 	case resting:
-		err := s.poller.AddRead(&netpoll.PollAttachment{FD: c.fd}, false)
+		err := c.loop.rest(c)
 		if err == nil {
-			delete(s.turns, c)
-			s.resting[c.fd] = c
 			return
 		}
 		s.log.Error("connection closed", "connection", c.id, "error", err)
@@ -211,7 +183,7 @@ func (s *Server) finish(c *conn, end outcome) {
 }
 
 func (s *Server) closeIfEmpty() {
-	if (s.draining || s.lonely || s.handingOver.Load()) && len(s.turns)+len(s.resting) == 0 {
+	if (s.draining || s.lonely || s.handingOver.Load()) && s.serving() == 0 {
 		s.closed.Do(func() { close(s.empty) })
 	}
 }
@@ -220,7 +192,15 @@ func (s *Server) closeIfEmpty() {
 func (s *Server) Serving() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.turns) + len(s.resting)
+	return s.serving()
+}
+
+func (s *Server) serving() int {
+	n := len(s.turns)
+	for _, l := range s.loops {
+		n += len(l.resting)
+	}
+	return n
 }
 
 // Drain ends all connections: what their clients have sent is answered, what
@@ -236,8 +216,10 @@ func (s *Server) Drain() <-chan struct{} {
 	for c := range s.turns {
 		c.refuse()
 	}
-	for _, c := range s.resting {
-		c.refuse()
+	for _, l := range s.loops {
+		for _, c := range l.resting {
+			c.refuse()
+		}
 	}
 	s.closeIfEmpty()
 	return s.empty
@@ -263,9 +245,13 @@ func (s *Server) HandOver() <-chan struct{} {
 	}
 	s.handingOver.Store(true)
 	unix.Write(s.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	for _, c := range s.resting {
-		s.unrest(c)
-		go s.finish(c, leaving)
+	for _, l := range s.loops {
+		for _, c := range l.resting {
+			if c != l.here { // the loop sees to that
+				l.unrest(c)
+				s.finish(c, leaving)
+			}
+		}
 	}
 	s.closeIfEmpty()
 	return s.empty

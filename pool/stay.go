@@ -24,7 +24,10 @@ import (
 //	doze   is a poll that the scheduler knows of: it costs nothing while it
 //	       lasts, and more when it ends. For connections that ask now and then.
 //	epoll  is for connections that are idle, all on one thread: the way back
-//	       costs an epoll_ctl and two wake-ups.
+//	       costs an epoll_ctl and two wake-ups. And it is for those of a crowd:
+//	       there is no way back, the loop serves them itself. With 64
+//	       connections on one CPU, the clients' on another, that is 1.9 times
+//	       the C helper's throughput, and 1.2 with a thread each.
 const (
 	spinFor  = 40 * time.Microsecond
 	sleepFor = 10 * time.Millisecond // the runtime's monitor interrupts a thread then anyway
@@ -38,6 +41,9 @@ const slackProcs = 8
 // await waits for bytes on this thread and returns how many have come, 0 when
 // the epoll loop is the place to wait, and less when the client has left.
 func (c *conn) await() int {
+	if c.minor.Load() {
+		return 0
+	}
 	p := &c.pace
 	n := 0
 	if p.busy && c.takeSeat() {
@@ -107,16 +113,27 @@ func leftIfNone(n int) int {
 	return n
 }
 
-// crowd knows how many connections are busy.
+// crowd knows who is busy. With many connections that ask for a part of all
+// each, the loop that they rest in serves them itself: from one to the next it
+// takes no change of threads, as long as it finds requests there and need not
+// wait for them. Whoever asks for much, or slowly, has a thread still.
 type crowd struct {
 	seats atomic.Int32 // that are left: connections that may sleep, a Go processor each
 	busy  atomic.Int32 // connections that were, at the last count
 	spin  int32        // so many may spin: half the CPUs, as each one's client needs one, too
+	parts uint64       // who asks for more than 1/parts of all is not one of a crowd
+
+	// Under Server.mu:
+	much     bool    // was asked up to the last count
+	apart    int64   // until when no loop serves, in ns
+	counted  int64   // when the last count was, in ns
+	visitors []*conn // that loops have served since then
 }
 
 func newCrowd(seats int) *crowd {
 	runtime.GOMAXPROCS(seats + slackProcs)
-	c := &crowd{spin: int32(max(1, runtime.NumCPU()/2))}
+	cpus := runtime.NumCPU()
+	c := &crowd{spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus)}
 	c.seats.Store(int32(seats))
 	return c
 }
@@ -145,29 +162,76 @@ func (c *conn) giveSeat() {
 // count counts who has been busy since the last count, which a request that
 // hangs is not.
 func (s *Server) count() {
-	if !s.mu.TryLock() {
+	if s.mu.TryLock() {
+		s.countAt(nanotime())
+		s.mu.Unlock()
+	}
+}
+
+// countAt is count for a caller who holds mu.
+func (s *Server) countAt(now int64) {
+	crowd := s.crowd
+	if now-crowd.counted < minCountEvery.Nanoseconds() {
 		return
 	}
-	defer s.mu.Unlock()
-	now, busy := nanotime(), int32(0)
-	if now-s.counted < minCountEvery.Nanoseconds() {
-		return
-	}
-	s.counted = now
+	crowd.counted = now
 	for c := range s.turns {
+		crowd.visit(c)
+	}
+	busy, total := int32(0), uint64(0)
+	for _, c := range crowd.visitors {
 		served := c.served.Load()
-		if served-c.count >= busyIfServed {
+		c.recent, c.count = served-c.count, served
+		if total += c.recent; c.recent >= busyIfServed {
 			busy++
 		}
-		c.count = served
 	}
-	s.crowd.busy.Store(busy)
+	crowd.busy.Store(busy)
+	crowd.much = total >= muchIfServed
+	for _, l := range s.loops {
+		if l.idles() {
+			crowd.apart = now + apartFor.Nanoseconds()
+		}
+	}
+	for _, c := range crowd.visitors {
+		c.minor.Store(crowd.much && now >= crowd.apart && c.recent*crowd.parts < total)
+		c.visitor, c.counted = false, now
+	}
+	clear(crowd.visitors)
+	crowd.visitors = crowd.visitors[:0]
 }
 
 const (
 	minCountEvery = 2 * time.Millisecond
-	busyIfServed  = 8 // requests from one count to the next
+	busyIfServed  = 8           // requests from one count to the next
+	muchIfServed  = 32          // by all of them
+	apartFor      = time.Second // that threads do better, it is not asked again
 )
+
+// visit has the next count look at a connection.
+func (crowd *crowd) visit(c *conn) {
+	if !c.visitor {
+		c.visitor = true
+		crowd.visitors = append(crowd.visitors, c)
+	}
+}
+
+// loopServes decides whether the loop that a connection rests in serves it
+// itself now. The caller holds mu.
+func (s *Server) loopServes(c *conn, now int64) bool {
+	crowd := s.crowd
+	s.countAt(now)
+	switch {
+	case !c.recovered, now < c.apart, now < crowd.apart:
+		return false
+	case !crowd.much && len(s.turns) < int(crowd.parts): // the latter is known before anything is counted
+		return false
+	case c.counted == crowd.counted && !c.minor.Load():
+		return false
+	}
+	crowd.visit(c)
+	return true
+}
 
 // pace learns whether spinning pays for a connection. Time is cut in windows:
 // one begins with probeRequests in the other way and as many in the way in
