@@ -5,6 +5,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -204,6 +206,85 @@ func TestStuckRequest(t *testing.T) {
 	if a := waiting.Read(codec.Lstat); a.Errno != 0 {
 		t.Error(a.Errno)
 	}
+}
+
+// Many busy connections are served by one thread, where that is faster: on a
+// CPU of its own. A request that hangs there still hangs alone, and none is
+// lost when another server takes over.
+func TestCrowd(t *testing.T) {
+	const clients, hanging = 48, 4
+	dir := export(t)
+	stuck := filepath.Join(dir, "stuck")
+	if err := os.Mkdir(stuck, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	release := hang(t, stuck)
+	name := filepath.Join(helpertest.ShortDir(t), "s")
+	p := helpertest.Start(t, helpertest.Command{Path: "taskset", Args: []string{
+		"-c", "0", helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
+	}})
+	helpertest.AwaitName(t, p, name)
+	var crowd sync.WaitGroup
+	done := make(chan struct{})
+	var served [clients]atomic.Uint64
+	for i := range clients {
+		c := helpertest.Dial(t, name)
+		crowd.Go(func() {
+			for n := 0; ; n++ {
+				q := codec.Request{Path: helpertest.Path([]string{"/a", "/b", "/none"}[n%3])}
+				if i < hanging && n == 500 {
+					q.Path = helpertest.Path("/stuck/x")
+				}
+				a, err := c.TryDo(codec.Lstat, q)
+				if err != nil {
+					t.Errorf("client %d, request %d: %v", i, n, err)
+					return
+				}
+				if right := a.Errno == 0; right != (n%3 != 2) && !(i < hanging && n == 500) {
+					t.Errorf("client %d, request %d: %v", i, n, a.Errno)
+				}
+				served[i].Add(1)
+				select {
+				case <-done:
+					return
+				default:
+				}
+			}
+		})
+	}
+	all := func(what string, first int) {
+		t.Helper()
+		var from [clients]uint64
+		for i := range served {
+			from[i] = served[i].Load()
+		}
+		helpertest.Eventually(t, what, func() bool {
+			for i := first; i < clients; i++ {
+				if served[i].Load() < from[i]+300 {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	helpertest.Eventually(t, "some hang", func() bool {
+		for i := range hanging {
+			if served[i].Load() != 500 {
+				return false
+			}
+		}
+		return true
+	})
+	all("the others go on", hanging)
+	t.Logf("%d threads", len(helpertest.Threads(t, p.Server())))
+	unix.Kill(p.PID, unix.SIGHUP)
+	all("they go on with another server", hanging)
+	release()
+	all("all go on", 0)
+	unix.Kill(p.Server(), unix.SIGKILL)
+	all("all go on with a third", 0)
+	close(done)
+	crowd.Wait()
 }
 
 // After SIGTERM each request that could be sent is answered, OPENs with their
