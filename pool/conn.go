@@ -2,8 +2,10 @@ package pool
 
 import (
 	"log/slog"
+	"runtime"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/valyala/bytebufferpool"
 	"golang.org/x/sys/unix"
@@ -229,13 +231,21 @@ func (c *conn) close(ended bool) {
 func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.id) }
 
 // readable waits until bytes or the end of the stream have come; false when
-// nothing has within d, or a handing over has begun.
+// nothing has within d, or a handing over has begun. With a seat it is a raw
+// call, like Receive.
 func (c *conn) readable(d time.Duration) bool {
 	fds := [2]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}, {Fd: int32(c.srv.bell), Events: unix.POLLIN}}
+	left := unix.NsecToTimespec(d.Nanoseconds()) // which the kernel counts down
 	for {
-		_, err := unix.Poll(fds[:], int(d.Milliseconds()))
-		if err != unix.EINTR {
-			return err == nil && fds[0].Revents != 0
+		var errno unix.Errno
+		if c.seat {
+			_, _, errno = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)), uintptr(unsafe.Pointer(&left)), 0, 0, 0)
+		} else {
+			_, _, errno = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)), uintptr(unsafe.Pointer(&left)), 0, 0, 0)
 		}
+		if errno != unix.EINTR {
+			return errno == 0 && fds[0].Revents != 0
+		}
+		runtime.Gosched()
 	}
 }

@@ -21,8 +21,10 @@ import (
 //	       those who are busy can have two CPUs each (crowd).
 //	sleep  is a recv that the Go scheduler does not know of: nothing but the
 //	       system call. It holds a Go processor, of which there are enough.
-//	doze   is a poll that the scheduler knows of: it costs nothing while it
-//	       lasts, and more when it ends. For connections that ask now and then.
+//	doze   is the same as a poll, for longer: a signal of the runtime now and
+//	       then interrupts it. For connections that ask now and then. Were the
+//	       scheduler told of it, as it is if too many doze, it would wake two
+//	       threads more for each request.
 //	epoll  is for connections that are idle, all on one thread: the way back
 //	       costs an epoll_ctl and two wake-ups. And it is for those of a crowd:
 //	       there is no way back, the loop serves them itself. With 64
@@ -46,7 +48,7 @@ func (c *conn) await() int {
 	}
 	p := &c.pace
 	n := 0
-	if p.busy && c.takeSeat() {
+	if p.busy && c.takeSeat(0) {
 		if p.spins() && c.srv.crowd.thin() {
 			n = c.spin()
 			p.spun(n)
@@ -56,7 +58,9 @@ func (c *conn) await() int {
 		}
 	}
 	if n == 0 {
-		c.giveSeat()
+		if !c.takeSeat(c.srv.crowd.forBusy) {
+			c.giveSeat()
+		}
 		n = c.doze()
 	}
 	if n > 0 {
@@ -118,10 +122,11 @@ func leftIfNone(n int) int {
 // takes no change of threads, as long as it finds requests there and need not
 // wait for them. Whoever asks for much, or slowly, has a thread still.
 type crowd struct {
-	seats atomic.Int32 // that are left: connections that may sleep, a Go processor each
-	busy  atomic.Int32 // connections that were, at the last count
-	spin  int32        // so many may spin: half the CPUs, as each one's client needs one, too
-	parts uint64       // who asks for more than 1/parts of all is not one of a crowd
+	seats   atomic.Int32 // that are left: connections that may sleep, a Go processor each
+	forBusy int32        // of the seats: the others may doze
+	busy    atomic.Int32 // connections that were, at the last count
+	spin    int32        // so many may spin: half the CPUs, as each one's client needs one, too
+	parts   uint64       // who asks for more than 1/parts of all is not one of a crowd
 
 	// Under Server.mu:
 	much     bool    // was asked up to the last count
@@ -133,7 +138,7 @@ type crowd struct {
 func newCrowd(seats int) *crowd {
 	runtime.GOMAXPROCS(seats + slackProcs)
 	cpus := runtime.NumCPU()
-	c := &crowd{spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus)}
+	c := &crowd{spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus), forBusy: int32(seats / 2)}
 	c.seats.Store(int32(seats))
 	return c
 }
@@ -141,15 +146,19 @@ func newCrowd(seats int) *crowd {
 // thin tells that whoever is busy may spin.
 func (c *crowd) thin() bool { return c.busy.Load() <= c.spin }
 
-// takeSeat makes sure that the connection may sleep. It keeps the seat until
-// it dozes or its turn ends.
-func (c *conn) takeSeat() bool {
-	if !c.seat {
-		if c.seat = c.srv.crowd.seats.Add(-1) >= 0; !c.seat {
-			c.srv.crowd.seats.Add(1)
-		}
+// takeSeat makes sure that the connection may sleep, and tells whether so many
+// others still could. It keeps the seat until its turn ends, or giveSeat.
+func (c *conn) takeSeat(others int32) bool {
+	seats := &c.srv.crowd.seats
+	if c.seat {
+		return seats.Load() >= others
 	}
-	return c.seat
+	if seats.Add(-1) < others {
+		seats.Add(1)
+		return false
+	}
+	c.seat = true
+	return true
 }
 
 func (c *conn) giveSeat() {
