@@ -49,6 +49,18 @@ type turn struct {
 
 var buffers bytebufferpool.Pool
 
+func newTurn() turn {
+	t := turn{request: buffers.Get(), answer: buffers.Get()}
+	t.call.Out = t.answer.B
+	return t
+}
+
+func (t *turn) end() {
+	t.answer.B = t.call.Out
+	buffers.Put(t.request)
+	buffers.Put(t.answer)
+}
+
 // outcome is how a turn ends.
 type outcome int
 
@@ -74,9 +86,10 @@ func prepare(fd int) error {
 // connection stays (stay.go).
 func (c *conn) take() outcome {
 	beginThread()
-	c.takeBuffers()
+	c.turn = newTurn()
 	defer func() {
-		c.giveBuffers()
+		c.turn.end()
+		c.turn = turn{}
 		c.giveSeat()
 	}()
 	if !c.recovered {
@@ -101,8 +114,9 @@ func (c *conn) take() outcome {
 	}
 }
 
-// visit is what comes of bytes on the loop: it serves what there is.
-func (c *conn) visit() outcome {
+// visit is what comes of bytes on a loop: it serves what there is, with the
+// loop's buffers.
+func (c *conn) visit(t *turn) outcome {
 	n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT)
 	switch {
 	case errno == unix.EAGAIN || errno == unix.EINTR:
@@ -110,25 +124,13 @@ func (c *conn) visit() outcome {
 	case n <= 0:
 		return left
 	}
-	c.takeBuffers()
+	c.turn = *t
 	end := c.serveFrames()
-	c.giveBuffers()
+	*t, c.turn = c.turn, turn{}
 	if end == resting && c.slot.Pending() == 0 {
 		c.slot.Rest()
 	}
 	return end
-}
-
-func (c *conn) takeBuffers() {
-	c.turn.request, c.turn.answer = buffers.Get(), buffers.Get()
-	c.turn.call.Out = c.turn.answer.B
-}
-
-func (c *conn) giveBuffers() {
-	c.turn.answer.B = c.turn.call.Out
-	buffers.Put(c.turn.request)
-	buffers.Put(c.turn.answer)
-	c.turn = turn{}
 }
 
 // serveFrames serves the whole frames that have come. It ends with resting if

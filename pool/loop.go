@@ -44,7 +44,7 @@ type loop struct {
 }
 
 // leader is the goroutine that leads a loop.
-type leader struct{ _ byte }
+type leader struct{ turn turn }
 
 func newLoop(s *Server) (*loop, error) {
 	p, err := netpoll.OpenPoller()
@@ -59,9 +59,10 @@ func newLoop(s *Server) (*loop, error) {
 // lead starts a goroutine that leads the loop until Close, or until another
 // one leads. The caller holds mu, or is the only one who knows the loop.
 func (l *loop) lead() {
-	me := new(leader)
+	me := &leader{newTurn()}
 	l.leader, l.here = me, nil
 	go func() {
+		defer me.turn.end()
 		beginThread()
 		err := l.poller.Polling(func(fd int, _ netpoll.IOEvent, _ netpoll.IOFlags) error { return l.wake(me, fd) })
 		switch {
@@ -130,7 +131,7 @@ func (l *loop) wake(me *leader, fd int) error {
 	}
 	l.here, l.began = c, now
 	s.mu.Unlock()
-	end := c.visit()
+	end := c.visit(&me.turn)
 	s.mu.Lock()
 	l.ended = nanotime()
 	if l.leader != me { // it was stuck, and has had a turn

@@ -126,7 +126,8 @@ type crowd struct {
 	forBusy int32        // of the seats: the others may doze
 	busy    atomic.Int32 // connections that were, at the last count
 	spin    int32        // so many may spin: half the CPUs, as each one's client needs one, too
-	parts   uint64       // who asks for more than 1/parts of all is not one of a crowd
+	cpus    int
+	parts   uint64 // who asks for more than 1/parts of all is not one of a crowd
 
 	// Under Server.mu:
 	much     bool    // was asked up to the last count
@@ -138,7 +139,7 @@ type crowd struct {
 func newCrowd(seats int) *crowd {
 	runtime.GOMAXPROCS(seats + slackProcs)
 	cpus := runtime.NumCPU()
-	c := &crowd{spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus), forBusy: int32(seats / 2)}
+	c := &crowd{cpus: cpus, spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus), forBusy: int32(seats / 2)}
 	c.seats.Store(int32(seats))
 	return c
 }
@@ -198,12 +199,14 @@ func (s *Server) countAt(now int64) {
 	crowd.busy.Store(busy)
 	crowd.much = total >= muchIfServed
 	for _, l := range s.loops {
-		if l.idles() {
+		// Threads have other CPUs, each by its client, where there are some:
+		// they do better there than a loop that waits.
+		if l.idles() && crowd.cpus > 1 {
 			crowd.apart = now + apartFor.Nanoseconds()
 		}
 	}
 	for _, c := range crowd.visitors {
-		c.minor.Store(crowd.much && now >= crowd.apart && c.recent*crowd.parts < total)
+		c.minor.Store(crowd.much && now >= max(crowd.apart, c.apart) && c.recent*crowd.parts < total)
 		c.visitor, c.counted = false, now
 	}
 	clear(crowd.visitors)
