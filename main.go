@@ -133,7 +133,7 @@ func parseOptions(args []string) (*options, error) {
 		"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\nsquash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
 	f.Var(&o.fs.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
 	f.StringVar((*string)(&o.confine.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
-	f.StringVar((*string)(&o.confine.Seccomp), "seccomp", "kill", "a server that makes a system call it has no use for is killed, or for debugging: log, none; `HOW`")
+	f.StringVar((*string)(&o.confine.Seccomp), "seccomp", "kill", "kill a server that makes a system call it has no use for; for debugging, log it or do none of that: `HOW`")
 	f.StringVar(&o.pidfile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
 	f.StringVar(&level, "log-level", "info", "debug (each request), info, warn or error: `LEVEL` of what is logged")
 	version := f.Bool("version", false, "print the version and leave")

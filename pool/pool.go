@@ -12,7 +12,7 @@
 //
 // # The way of a request
 //
-// Idle connections rest in one epoll loop, gnet's. When a request comes, the
+// Idle connections rest in an epoll loop, gnet's. When a request comes, the
 // connection gets a turn on a thread: that reads the request into its slot of
 // the journal, copies it to a pooled buffer, decodes it there in place, does it
 // and answers it. QEMU waits for each answer, so a hand-off to another thread
@@ -20,6 +20,11 @@
 // for a turn, which lasts as long as requests keep coming. What a pool is for
 // remains: [Workers] bounds the requests that are in the file system at once,
 // and a request that hangs there hangs alone.
+//
+// Where one CPU serves many connections, none of which asks for much of all, a
+// change of threads costs more than most requests. Their loop serves them
+// itself then, one after the other; a request that takes long keeps that
+// thread, and another one goes on with the loop (loop.go).
 //
 // gnet's own connections are not used, only its poller: they would read into
 // gnet's memory, and a request that is there when the server dies is lost.

@@ -1,7 +1,6 @@
 package pool_test
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -13,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/hang"
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/pool/helpertest"
 )
@@ -152,26 +152,15 @@ func TestManyConnections(t *testing.T) {
 	}
 }
 
-// hang mounts a FUSE file system that answers nothing, until release.
-func hang(t *testing.T, dir string) (release func()) {
+// mountHang mounts a FUSE file system that does not answer, until release.
+func mountHang(t *testing.T, dir string) (release func()) {
 	t.Helper()
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err == nil {
-		err = unix.Mount("hang", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", fd))
-	}
+	fs, err := hang.Mount(dir)
 	if err != nil {
-		t.Fatalf("mount a FUSE file system: %v", err)
+		t.Fatal(err)
 	}
-	open := true
-	release = func() {
-		if open {
-			open = false
-			unix.Close(fd)
-			unix.Unmount(dir, unix.MNT_DETACH)
-		}
-	}
-	t.Cleanup(release)
-	return release
+	t.Cleanup(func() { fs.Close() })
+	return fs.Release
 }
 
 // A request that hangs, hangs alone; once all workers hang, others wait, and
@@ -182,7 +171,7 @@ func TestStuckRequest(t *testing.T) {
 	if err := os.Mkdir(stuck, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	release := hang(t, stuck)
+	release := mountHang(t, stuck)
 	_, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=2")
 	before := helpertest.Dial(t, name)
 	first, second := helpertest.Dial(t, name), helpertest.Dial(t, name)
@@ -218,7 +207,7 @@ func TestCrowd(t *testing.T) {
 	if err := os.Mkdir(stuck, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	release := hang(t, stuck)
+	release := mountHang(t, stuck)
 	name := filepath.Join(helpertest.ShortDir(t), "s")
 	p := helpertest.Start(t, helpertest.Command{Path: "taskset", Args: []string{
 		"-c", "0", helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/hang"
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/pool/helpertest"
 )
@@ -360,6 +361,32 @@ func TestDyingServers(t *testing.T) {
 	helpertest.Eventually(t, "the keeper has a descriptor less than before", func() bool { return len(helpertest.FDs(t, p.PID)) == had-1 })
 }
 
+// A server that is killed while a file system holds a thread of it, which
+// nobody can kill then, is replaced all the same.
+func TestKilledWhileHeld(t *testing.T) {
+	dir := export(t)
+	stuck := filepath.Join(dir, "stuck")
+	if err := os.Mkdir(stuck, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fs, err := hang.Mount(stuck)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { fs.Close() })
+	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
+	held, c := helpertest.Dial(t, name), helpertest.Dial(t, name)
+	held.Send(frame(codec.Lstat, "/stuck/x"))
+	helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
+	unix.Kill(p.Server(), unix.SIGKILL)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	fs.Release()
+	if a := held.Read(codec.Lstat); a.Errno != unix.ENOENT {
+		t.Errorf("%v, want what the file system says", a.Errno)
+	}
+	helpertest.Eventually(t, "the dead server is gone", func() bool { return len(helpertest.Children(p.PID)) == 1 })
+}
+
 // Stopping after a renewal with a request that hangs in the old server still
 // answers the others, and ends.
 func TestRenewedWhileStuck(t *testing.T) {
@@ -368,7 +395,7 @@ func TestRenewedWhileStuck(t *testing.T) {
 	if err := os.Mkdir(stuck, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	release := hang(t, stuck)
+	release := mountHang(t, stuck)
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
 	waits, other := helpertest.Dial(t, name), helpertest.Dial(t, name)
 	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})

@@ -69,6 +69,13 @@ func inherited(fd int, name string) *os.File {
 // Close closes this end.
 func (c *Control) Close() error { return c.file.Close() }
 
+// shutdown ends what can be received, after what has come already.
+func (c *Control) shutdown() {
+	if raw, err := c.file.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	}
+}
+
 // send sends a message. The end may be closed meanwhile: its descriptor stays
 // until this returns.
 func (c *Control) send(k kind, body, oob []byte, flags int) error {

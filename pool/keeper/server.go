@@ -6,8 +6,11 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strconv"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/confine"
 )
@@ -77,8 +80,15 @@ func (k *keeper) violated(server *os.Process, call string) {
 }
 
 // watch passes on what a server says and, after its last word, that it has
-// ended. No thread of it runs any more then.
+// ended. No thread of it runs any more then: at most one is left that a file
+// system holds in a request, and that dies when it is let go.
 func (k *keeper) watch(s *server) {
+	reaped := make(chan error, 1)
+	go func() {
+		if s.awaitDeath() {
+			s.control.shutdown() // what it has said before can still be read
+		}
+	}()
 	go func() {
 		for {
 			m, err := s.control.recv()
@@ -87,6 +97,50 @@ func (k *keeper) watch(s *server) {
 			}
 			k.events <- told{s, m}
 		}
-		k.events <- ended{s, s.cmd.Wait()}
+		go func() { reaped <- s.cmd.Wait() }()
+		select {
+		case err := <-reaped:
+			k.events <- ended{s, err}
+		case <-time.After(dyingTime):
+			k.events <- ended{s, errHeld}
+		}
 	}()
+}
+
+// dyingTime is how long a dying server's threads may take to leave whatever
+// they can leave.
+const dyingTime = time.Second / 4
+
+var errHeld = errors.New("it dies, but a file system that does not answer holds a thread of it")
+
+// awaitDeath returns when the server is dying, or false if that can't be
+// waited for: before Linux 6.9. Neither the process nor its socket tells it as
+// long as a single thread is held, so another one is waited for: the second,
+// which is the Go runtime's monitor, lives as long as the process and uses no
+// files.
+func (s *server) awaitDeath() bool {
+	dir, err := os.Open(fmt.Sprintf("/proc/%d/task", s.pid()))
+	if err != nil {
+		return false
+	}
+	threads, err := dir.Readdirnames(2) // in the order of their starts
+	dir.Close()
+	if err != nil || len(threads) < 2 {
+		return false
+	}
+	tid, err := strconv.Atoi(threads[1])
+	if err != nil {
+		return false
+	}
+	fd, err := unix.PidfdOpen(tid, unix.PIDFD_THREAD)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		if err != unix.EINTR {
+			return n == 1
+		}
+	}
 }
