@@ -64,9 +64,8 @@ type soak struct {
 	over     atomic.Bool // the VMs end
 	late     atomic.Bool // the last quarter
 	answered atomic.Int64
-	deaths   spans      // of servers
-	poverty  spans      // of descriptors
-	calm     sync.Mutex // held by who needs that no server dies
+	deaths   spans // of servers
+	poverty  spans // of descriptors
 
 	mu     sync.Mutex
 	done   map[string]int // disturbances
