@@ -3,7 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
+	"os"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -37,12 +37,19 @@ type neighbours struct {
 	flood *flood   // nil unless one floods
 }
 
-// hangThem has each neighbour ask for a file that never answers, and returns
-// when all hang in the file system.
-func (n *neighbours) hangThem(export string) (err error) {
-	if n.fs, err = hang.Mount(filepath.Join(export, hangDir)); err != nil {
+// mount mounts the file system that hangs. Where the host's mounts are private,
+// a helper that runs already would not see it.
+func (n *neighbours) mount(dir string) (err error) {
+	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
+	n.fs, err = hang.Mount(dir)
+	return err
+}
+
+// hangThem has each neighbour ask for a file that never answers, and returns
+// when all hang in the file system.
+func (n *neighbours) hangThem() error {
 	for i, fd := range n.fds {
 		q := codec.Request{Path: codec.CString("//" + hangDir + "/" + strconv.Itoa(i) + "\x00")}
 		if _, err := unix.Write(fd, q.Append(nil, codec.Lstat)); err != nil {
@@ -51,7 +58,7 @@ func (n *neighbours) hangThem(export string) (err error) {
 	}
 	for deadline := time.Now().Add(patience); n.fs.Waiting() < len(n.fds); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%d of %d requests hang: see --workers of the helper, and whether the mount of --dir is shared", n.fs.Waiting(), len(n.fds))
+			return fmt.Errorf("%d of %d requests hang: see --workers of the helper", n.fs.Waiting(), len(n.fds))
 		}
 	}
 	return nil
@@ -154,8 +161,11 @@ func (f *flood) receive() error {
 		bytes += int64(n)
 		if total := f.total.Load(); total > 0 && bytes >= total*size {
 			f.answered += float64(total)
-			if bytes > total*size {
-				return fmt.Errorf("%d requests are answered with %d bytes", total, bytes)
+			// An answer too many would follow at once.
+			surplus := []unix.PollFd{{Fd: int32(f.fd), Events: unix.POLLIN}}
+			unix.Poll(surplus, 50)
+			if bytes > total*size || surplus[0].Revents != 0 {
+				return fmt.Errorf("%d requests are answered with more than %d bytes", total, total*size)
 			}
 			return nil
 		}

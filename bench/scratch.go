@@ -48,7 +48,6 @@ func enterScratch() error {
 		{"mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", image},
 		{"mkdir", files},
 		{"mount", "-o", "loop,commit=60", image, files},
-		{"mount", "--make-shared", files}, // --hang mounts below, where helpers run already
 	} {
 		if text, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w %s", strings.Join(command, " "), err, text)

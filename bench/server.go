@@ -81,7 +81,7 @@ func start(l launch) (p *program, err error) {
 		}
 	}
 	if l.hang {
-		if err := os.Mkdir(filepath.Join(l.export, hangDir), 0o755); err != nil {
+		if err := p.others.mount(filepath.Join(l.export, hangDir)); err != nil {
 			return p, err
 		}
 	}
@@ -142,7 +142,7 @@ func start(l launch) (p *program, err error) {
 		p.others.fds = append(p.others.fds, fd)
 	}
 	if l.hang {
-		if err := p.others.hangThem(l.export); err != nil {
+		if err := p.others.hangThem(); err != nil {
 			return p, fmt.Errorf("%s: %w%s", l.name, err, p.said())
 		}
 	}
