@@ -296,6 +296,9 @@ func TestCollectedGarbage(t *testing.T) {
 					t.Errorf("answer %x", b)
 					return
 				}
+				if id%2 == 0 { // longer than a connection sleeps, shorter than it dozes
+					time.Sleep(25 * time.Millisecond)
+				}
 			}
 		})
 	}
