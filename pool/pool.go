@@ -152,7 +152,7 @@ func (s *Server) serve(c *conn) {
 	}
 	s.spare.Add(-1)
 	s.mu.Lock()
-	last := len(s.turns) == 0
+	last := len(s.turns) == 0 && nanotime() > s.crowd.lately // a crowd has no turns
 	s.mu.Unlock()
 	if last { // of many: what they took goes back to the system
 		debug.FreeOSMemory()

@@ -21,10 +21,11 @@ import (
 //	       those who are busy can have two CPUs each (crowd).
 //	sleep  is a recv that the Go scheduler does not know of: nothing but the
 //	       system call. It holds a Go processor, of which there are enough.
-//	doze   is the same as a poll, for longer: a signal of the runtime now and
-//	       then interrupts it. For connections that ask now and then. Were the
-//	       scheduler told of it, as it is if too many doze, it would wake two
-//	       threads more for each request.
+//	doze   is a poll that the scheduler knows of: it costs nothing while it
+//	       lasts, and more when it ends. For connections that ask now and then.
+//	       As long as these are few (dozers) it is not told: a signal interrupts
+//	       each of them every 10 ms then, but it wakes two threads less for a
+//	       request.
 //	epoll  is for connections that are idle, all on one thread: the way back
 //	       costs an epoll_ctl and two wake-ups. And it is for those of a crowd:
 //	       there is no way back, the loop serves them itself. With 64
@@ -34,6 +35,7 @@ const (
 	spinFor  = 40 * time.Microsecond
 	sleepFor = 10 * time.Millisecond // the runtime's monitor interrupts a thread then anyway
 	dozeFor  = 800 * time.Millisecond
+	dozers   = 2
 )
 
 // slackProcs are the Go processors beside those of connections that sleep: for
@@ -130,7 +132,9 @@ type crowd struct {
 	parts   uint64 // who asks for more than 1/parts of all is not one of a crowd
 
 	// Under Server.mu:
-	much     bool    // was asked up to the last count
+	much     bool    // is asked
+	in       int     // counts since it was little
+	lately   int64   // until when a few that come at once are a crowd again, in ns
 	apart    int64   // until when no loop serves, in ns
 	counted  int64   // when the last count was, in ns
 	visitors []*conn // that loops have served since then
@@ -139,7 +143,7 @@ type crowd struct {
 func newCrowd(seats int) *crowd {
 	runtime.GOMAXPROCS(seats + slackProcs)
 	cpus := runtime.NumCPU()
-	c := &crowd{cpus: cpus, spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus), forBusy: int32(seats / 2)}
+	c := &crowd{cpus: cpus, spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus), forBusy: int32(seats - dozers)}
 	c.seats.Store(int32(seats))
 	return c
 }
@@ -181,7 +185,8 @@ func (s *Server) count() {
 // countAt is count for a caller who holds mu.
 func (s *Server) countAt(now int64) {
 	crowd := s.crowd
-	if now-crowd.counted < minCountEvery.Nanoseconds() {
+	passed := now - crowd.counted
+	if passed < minCountEvery.Nanoseconds() {
 		return
 	}
 	crowd.counted = now
@@ -197,7 +202,16 @@ func (s *Server) countAt(now int64) {
 		}
 	}
 	crowd.busy.Store(busy)
-	crowd.much = total >= muchIfServed
+	switch perMs := total * uint64(time.Millisecond) / uint64(passed); {
+	case perMs < muchUntil:
+		crowd.in, crowd.much = 0, false
+	case perMs >= muchFrom:
+		crowd.in++
+		crowd.much = crowd.much || crowd.in >= muchFor || now < crowd.lately
+	}
+	if crowd.much {
+		crowd.lately = now + latelyFor.Nanoseconds()
+	}
 	for _, l := range s.loops {
 		// Threads have other CPUs, each by its client, where there are some:
 		// they do better there than a loop that waits.
@@ -215,8 +229,11 @@ func (s *Server) countAt(now int64) {
 
 const (
 	minCountEvery = 2 * time.Millisecond
-	busyIfServed  = 8           // requests from one count to the next
-	muchIfServed  = 32          // by all of them
+	busyIfServed  = 8  // requests from one count to the next
+	muchFrom      = 20 // requests a ms of all
+	muchFor       = 3  // counts: a burst is none
+	latelyFor     = time.Second / 2
+	muchUntil     = 10          // requests a ms: nobody is to move to and fro
 	apartFor      = time.Second // that threads do better, it is not asked again
 )
 
@@ -234,9 +251,9 @@ func (s *Server) loopServes(c *conn, now int64) bool {
 	crowd := s.crowd
 	s.countAt(now)
 	switch {
-	case !c.recovered, now < c.apart, now < crowd.apart:
+	case !crowd.much && (now >= crowd.lately || len(s.turns) < int(crowd.parts)):
 		return false
-	case !crowd.much && len(s.turns) < int(crowd.parts): // the latter is known before anything is counted
+	case !c.recovered, now < c.apart, now < crowd.apart:
 		return false
 	case c.counted == crowd.counted && !c.minor.Load():
 		return false
