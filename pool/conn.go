@@ -15,8 +15,9 @@ import (
 	"virtfs-proxy-helper/pool/journal"
 )
 
-// conn is a connection. It rests in the epoll loop, or has a turn on a thread;
-// all fields but those marked are the turn's alone.
+// conn is a connection. It rests in an epoll loop, or has a turn on a thread;
+// all fields but those marked are the turn's alone, or the loop's while it
+// serves the connection itself.
 type conn struct {
 	srv  *Server
 	loop *loop  // where it rests

@@ -68,8 +68,7 @@ func (l *loop) lead() {
 		switch {
 		case !errors.Is(err, gerrors.ErrEngineShutdown):
 			panic(fmt.Sprintf("epoll loop: %v", err)) // the keeper starts another server
-		case !l.led(me):
-		default:
+		case l.led(me):
 			l.poller.Close()
 		}
 	}()

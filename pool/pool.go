@@ -31,10 +31,11 @@
 //
 // # Who owns what
 //
-// A connection's descriptor belongs to its conn, from Add until Server.end
-// closes it; only its turn reads and writes it, so it can't be closed and its
-// number given to another connection in between. A descriptor that goes with an
-// answer belongs to the turn from ops.FS.Do until it is sent.
+// A connection's descriptor belongs to its conn, from Add until Server.finish
+// closes it; only its turn, or the loop that serves it instead, reads and
+// writes it, so it can't be closed and its number given to another connection
+// in between. A descriptor that goes with an answer belongs to the turn from
+// ops.FS.Do until it is sent.
 package pool
 
 import (

@@ -191,7 +191,7 @@ func (s *Server) countAt(now int64) {
 	}
 	crowd.counted = now
 	for c := range s.turns {
-		crowd.visit(c)
+		crowd.note(c)
 	}
 	busy, total := int32(0), uint64(0)
 	for _, c := range crowd.visitors {
@@ -230,15 +230,15 @@ func (s *Server) countAt(now int64) {
 const (
 	minCountEvery = 2 * time.Millisecond
 	busyIfServed  = 8  // requests from one count to the next
-	muchFrom      = 20 // requests a ms of all
-	muchFor       = 3  // counts: a burst is none
+	muchFrom      = 20 // requests a ms of all,
+	muchFor       = 3  // counts long, as a burst is no crowd,
+	muchUntil     = 10 // and fewer end it: nobody is to move to and fro
 	latelyFor     = time.Second / 2
-	muchUntil     = 10          // requests a ms: nobody is to move to and fro
-	apartFor      = time.Second // that threads do better, it is not asked again
+	apartFor      = time.Second // for so long it is not tried again
 )
 
-// visit has the next count look at a connection.
-func (crowd *crowd) visit(c *conn) {
+// note has the next count look at a connection.
+func (crowd *crowd) note(c *conn) {
 	if !c.visitor {
 		c.visitor = true
 		crowd.visitors = append(crowd.visitors, c)
@@ -258,7 +258,7 @@ func (s *Server) loopServes(c *conn, now int64) bool {
 	case c.counted == crowd.counted && !c.minor.Load():
 		return false
 	}
-	crowd.visit(c)
+	crowd.note(c)
 	return true
 }
 

@@ -207,24 +207,35 @@ func TestRenewedServer(t *testing.T) {
 	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
 }
 
-// A program on disk that can't serve leaves the old server where it is.
-func TestRenewedByNothing(t *testing.T) {
-	helper := filepath.Join(t.TempDir(), "helper")
+// helperOfOwn returns a helper that the test may replace on disk.
+func helperOfOwn(t *testing.T) string {
+	t.Helper()
 	program, err := os.ReadFile(helpertest.Ours(t))
-	if err == nil {
-		err = os.WriteFile(helper, program, 0o755)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}
+	helper := filepath.Join(t.TempDir(), "helper")
+	replace(t, helper, string(program))
+	return helper
+}
+
+// replace puts another program in the place of one, as an upgrade does.
+func replace(t *testing.T, helper, program string) {
+	t.Helper()
+	next := helper + ".new"
+	if err := errors.Join(os.WriteFile(next, []byte(program), 0o755), os.Rename(next, helper)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A program on disk that can't serve leaves the old server where it is.
+func TestRenewedByNothing(t *testing.T) {
+	helper := helperOfOwn(t)
 	p, name := helpertest.Listen(t, helper, export(t))
 	c := helpertest.Dial(t, name)
 	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 	server := p.Server()
-	bad := helper + ".new"
-	if err := errors.Join(os.WriteFile(bad, []byte("#!/bin/false\n"), 0o755), os.Rename(bad, helper)); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, helper, "#!/bin/false\n")
 	unix.Kill(p.PID, unix.SIGHUP)
 	helpertest.Eventually(t, "the failure is logged", func() bool { return p.Logged("the new server does not start") })
 	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
@@ -239,21 +250,11 @@ func TestRenewedByNothing(t *testing.T) {
 // A server that hangs at its start is given up, and does not keep others from
 // being started.
 func TestRenewedBySilence(t *testing.T) {
-	helper := filepath.Join(t.TempDir(), "helper")
-	program, err := os.ReadFile(helpertest.Ours(t))
-	if err == nil {
-		err = os.WriteFile(helper, program, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	helper := helperOfOwn(t)
 	p, name := helpertest.Listen(t, helper, export(t))
 	c := helpertest.Dial(t, name)
 	server := p.Server()
-	bad := helper + ".new"
-	if err := errors.Join(os.WriteFile(bad, []byte("#!/bin/sh\nexec sleep 1000\n"), 0o755), os.Rename(bad, helper)); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, helper, "#!/bin/sh\nexec sleep 1000\n")
 	unix.Kill(p.PID, unix.SIGHUP)
 	helpertest.Eventually(t, "two servers", func() bool { return len(helpertest.Children(p.PID)) == 2 })
 	unix.Kill(server, unix.SIGKILL)

@@ -102,14 +102,15 @@ func (k *keeper) watch(s *server) {
 		case err := <-reaped:
 			k.events <- ended{s, err}
 		case <-time.After(dyingTime):
+			s.cmd.Process.Kill() // for one that has only closed its control
 			k.events <- ended{s, errHeld}
 		}
 	}()
 }
 
 // dyingTime is how long a dying server's threads may take to leave whatever
-// they can leave.
-const dyingTime = time.Second / 4
+// they can leave: they take milliseconds.
+const dyingTime = time.Second
 
 var errHeld = errors.New("it dies, but a file system that does not answer holds a thread of it")
 
