@@ -37,7 +37,7 @@ import (
 	"virtfs-proxy-helper/ops/confine"
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/journal"
-	"virtfs-proxy-helper/pool/keeper"
+	"virtfs-proxy-helper/pool/supervisor"
 )
 
 const name = "virtfs-proxy-helper"
@@ -237,7 +237,7 @@ func start(opts *options) error {
 	if opts.nodaemon {
 		return keep(opts, conn, func() io.Writer { return os.Stderr }, func() error { return nil })
 	}
-	return keeper.Detach(self(executable, roleKeeper), conn)
+	return supervisor.Detach(self(executable, roleKeeper), conn)
 }
 
 // startRootless runs this command again, where its user is root, and ends as it
@@ -269,14 +269,14 @@ func awaitIDs() error {
 
 // keepDetached is the keeper as a daemon.
 func keepDetached(opts *options) error {
-	report := keeper.NewReport()
+	report := supervisor.NewReport()
 	var conn *os.File
 	if opts.socket == "" {
-		unix.CloseOnExec(keeper.ConnFD)
-		conn = os.NewFile(keeper.ConnFD, "connection")
+		unix.CloseOnExec(supervisor.ConnFD)
+		conn = os.NewFile(supervisor.ConnFD, "connection")
 	}
 	ready := false
-	err := keep(opts, conn, func() io.Writer { return keeper.Syslog(name) }, func() error {
+	err := keep(opts, conn, func() io.Writer { return supervisor.Syslog(name) }, func() error {
 		ready = true
 		return errors.Join(os.Chdir("/"), report.Ready())
 	})
@@ -306,7 +306,7 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 	if err := confine.Descriptors(opts.descriptors()); err != nil {
 		log.Warn("VMs may be told EMFILE", "error", err)
 	}
-	k := keeper.Config{
+	k := supervisor.Config{
 		Export:  export,
 		Confine: opts.confine,
 		Socket:  opts.socket, UID: uid, GID: gid,
@@ -336,7 +336,7 @@ func serve(opts *options) error {
 	if err := pool.CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
 	}
-	control := keeper.ServerControl()
+	control := supervisor.ServerControl()
 	server, err := newServer(opts, control, log)
 	if err != nil {
 		control.SendError(err)
@@ -359,22 +359,22 @@ func serve(opts *options) error {
 	default:
 		select {
 		case <-server.Drain():
-		case <-time.After(keeper.StopTime):
+		case <-time.After(supervisor.StopTime):
 			return fmt.Errorf("stopped with %d connections in work", server.Serving())
 		}
 	}
 	return nil
 }
 
-func newServer(opts *options, control *keeper.Control, log *slog.Logger) (*pool.Server, error) {
-	j, err := journal.Map(keeper.ServerJournal())
+func newServer(opts *options, control *supervisor.Control, log *slog.Logger) (*pool.Server, error) {
+	j, err := journal.Map(supervisor.ServerJournal())
 	if err != nil {
 		return nil, err
 	}
 	if opts.fs.Sysctls, err = ops.ReadSysctls(); err != nil {
 		return nil, err
 	}
-	inside, err := opts.confine.Enter(keeper.ExportFD, log)
+	inside, err := opts.confine.Enter(supervisor.ExportFD, log)
 	if err != nil {
 		return nil, err
 	}

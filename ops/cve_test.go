@@ -40,8 +40,8 @@ import (
 //	                its starter's groups are kept                       TestCVE2022_0358
 //	                no path of more than 4095 bytes                     TestLongPaths
 //	                values of more than 65534 bytes                     TestLongXattr
-//	                what is wrong at start is not told                  pool/keeper: TestRefusals
-//	                a second VM is not served                           pool/keeper: TestNameComesBack
+//	                what is wrong at start is not told                  pool/supervisor: TestRefusals
+//	                a second VM is not served                           pool/supervisor: TestNameComesBack
 
 // opener is a thread that opens a FIFO, which blocks until another process
 // opens the other end.

@@ -11,7 +11,7 @@
 //	name.go      the socket's name: claimed, put back, given up
 //	control.go   the socket pair between keeper and server
 //	daemon.go    detached from the caller, who is told how the start went
-package keeper
+package supervisor
 
 import (
 	"errors"
