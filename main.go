@@ -36,7 +36,7 @@ import (
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/ops/confine"
 	"virtfs-proxy-helper/pool"
-	"virtfs-proxy-helper/pool/journal"
+	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/supervisor"
 )
 
@@ -367,7 +367,7 @@ func serve(opts *options) error {
 }
 
 func newServer(opts *options, control *supervisor.Control, log *slog.Logger) (*pool.Server, error) {
-	j, err := journal.Map(supervisor.ServerJournal())
+	j, err := inflight.Map(supervisor.ServerJournal())
 	if err != nil {
 		return nil, err
 	}

@@ -12,7 +12,7 @@ import (
 
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/ops"
-	"virtfs-proxy-helper/pool/journal"
+	"virtfs-proxy-helper/pool/inflight"
 )
 
 // conn is a connection. It rests in an epoll loop, or has a turn on a thread;
@@ -23,7 +23,7 @@ type conn struct {
 	loop *loop  // where it rests
 	id   uint32 // the keeper's number of it
 	fd   int
-	slot *journal.Slot // what has been received and is in work
+	slot *inflight.Slot // what has been received and is in work
 
 	recovered bool // what another server has left is done
 	turn      turn // good during a turn

@@ -50,7 +50,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops"
-	"virtfs-proxy-helper/pool/journal"
+	"virtfs-proxy-helper/pool/inflight"
 )
 
 // spareThreads are kept for turns to come. A thread takes some 60 KiB, which an
@@ -60,7 +60,7 @@ const spareThreads = 8
 // Server serves any number of connections to one file system.
 type Server struct {
 	fs      *ops.FS
-	journal *journal.Journal
+	journal *inflight.Journal
 	log     *slog.Logger
 	workers *Workers
 	crowd   *crowd
@@ -82,7 +82,7 @@ type Server struct {
 // NewServer returns a server of fs that has at most n requests in the file
 // system at once. gone is called when it has closed a connection: ended, or as
 // it is, for another server to go on with.
-func NewServer(fs *ops.FS, j *journal.Journal, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
+func NewServer(fs *ops.FS, j *inflight.Journal, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
 	s := &Server{
 		fs:      fs,
 		journal: j,

@@ -20,7 +20,7 @@ import (
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool"
-	"virtfs-proxy-helper/pool/journal"
+	"virtfs-proxy-helper/pool/inflight"
 )
 
 // patience bounds every wait: only what hangs takes so long.
@@ -33,7 +33,7 @@ const slots = 64
 var host = sync.OnceValue(func() (h struct {
 	fs      *ops.FS
 	file    *os.File // of the journal
-	journal *journal.Journal
+	journal *inflight.Journal
 	threads *os.File // /proc/self/task
 }) {
 	check := func(err error) {
@@ -55,9 +55,9 @@ var host = sync.OnceValue(func() (h struct {
 	unix.Umask(0)
 	h.fs, err = ops.New(fds, ops.Options{}, quiet)
 	check(err)
-	h.file, err = journal.Create(slots)
+	h.file, err = inflight.Create(slots)
 	check(err)
-	h.journal, err = journal.Map(h.file)
+	h.journal, err = inflight.Map(h.file)
 	check(err)
 	return h
 })
@@ -158,7 +158,7 @@ func FuzzServer(f *testing.F) {
 }
 
 func serve(t *testing.T, stream []byte, piece, renew int) {
-	if err := journal.Clear(host().file, 0); err != nil {
+	if err := inflight.Clear(host().file, 0); err != nil {
 		t.Fatal(err)
 	}
 	ours, theirs := socketPair(t)
@@ -263,7 +263,7 @@ func TestCollectedGarbage(t *testing.T) {
 	var clients sync.WaitGroup
 	var stop atomic.Bool
 	for id := range uint32(slots) {
-		if err := journal.Clear(host().file, id); err != nil {
+		if err := inflight.Clear(host().file, id); err != nil {
 			t.Fatal(err)
 		}
 		ours, theirs := socketPair(t)

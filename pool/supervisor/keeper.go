@@ -26,7 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/confine"
-	"virtfs-proxy-helper/pool/journal"
+	"virtfs-proxy-helper/pool/inflight"
 )
 
 // StopTime is how long requests in work may take after SIGTERM.
@@ -132,7 +132,7 @@ func (c *Config) Run() error {
 		k.free = append(k.free, uint32(c.MaxConnections)-1-id)
 	}
 	var err error
-	if k.journal, err = journal.Create(c.MaxConnections); err != nil {
+	if k.journal, err = inflight.Create(c.MaxConnections); err != nil {
 		return err
 	}
 	if c.Socket != "" {
@@ -231,7 +231,7 @@ func (k *keeper) handle(event any) {
 // add takes a connection that room has been made for.
 func (k *keeper) add(fd int) {
 	id := k.free[len(k.free)-1]
-	if err := journal.Clear(k.journal, id); err != nil {
+	if err := inflight.Clear(k.journal, id); err != nil {
 		k.Log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
 		unix.Close(fd)
 		<-k.room

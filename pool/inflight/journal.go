@@ -21,7 +21,7 @@
 //
 // The keeper makes and clears slots, and reads nothing of them. A server
 // believes what it finds only after [Slot.Recover] has checked it.
-package journal
+package inflight
 
 import (
 	"errors"
