@@ -34,7 +34,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops"
-	"virtfs-proxy-helper/ops/confine"
+	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/supervisor"
@@ -89,7 +89,7 @@ type options struct {
 	maxConnections int
 
 	fs       ops.Options
-	confine  confine.Config
+	confine  sandbox.Config
 	pidfile  string
 	logLevel slog.Level
 }
@@ -183,7 +183,7 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--seccomp %q: not one of kill, log, none", o.confine.Seccomp)
 	}
 	o.uid, o.gid = int(uid), int(gid)
-	o.confine.ReadOnly = o.fs.ReadOnly && o.confine.Sandbox == confine.SandboxNamespace
+	o.confine.ReadOnly = o.fs.ReadOnly && o.confine.Sandbox == sandbox.SandboxNamespace
 	if o.pidfile != "" { // the daemon leaves this directory before it removes the file
 		if o.pidfile, err = filepath.Abs(o.pidfile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)
@@ -250,7 +250,7 @@ func startRootless(opts *options, conn *os.File) error {
 		cmd.ExtraFiles[opts.fd-3] = conn
 	}
 	tell := func(fd int) { cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", rootlessEnv, fd)) }
-	status, err := confine.RunRootless(cmd, tell, newLog(opts, os.Stderr))
+	status, err := sandbox.RunRootless(cmd, tell, newLog(opts, os.Stderr))
 	if err == nil {
 		os.Exit(status)
 	}
@@ -264,7 +264,7 @@ func awaitIDs() error {
 	if err != nil {
 		return err
 	}
-	return confine.AwaitIDs(fd)
+	return sandbox.AwaitIDs(fd)
 }
 
 // keepDetached is the keeper as a daemon.
@@ -298,12 +298,12 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 	}
 	uid, gid := opts.uid, opts.gid
 	if rootless() && opts.socket != "" {
-		if uid, gid, err = confine.InsideIDs(uid, gid); err != nil {
+		if uid, gid, err = sandbox.InsideIDs(uid, gid); err != nil {
 			return err
 		}
 	}
 	log := newLog(opts, output())
-	if err := confine.Descriptors(opts.descriptors()); err != nil {
+	if err := sandbox.Descriptors(opts.descriptors()); err != nil {
 		log.Warn("VMs may be told EMFILE", "error", err)
 	}
 	k := supervisor.Config{

@@ -6,7 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/ops/confine"
+	"virtfs-proxy-helper/ops/sandbox"
 )
 
 // as runs do, which makes a file, with this thread as uid:gid: effective ids,
@@ -101,12 +101,12 @@ type capData [2]unix.CapUserData
 
 var (
 	capHeader  = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread
-	allCaps    = capSets(confine.Mask())
+	allCaps    = capSets(sandbox.Mask())
 	createCaps = capSets(1 << unix.CAP_DAC_OVERRIDE)
 )
 
 func capSets(effective uint64) capData {
-	permitted := confine.Mask()
+	permitted := sandbox.Mask()
 	return capData{
 		{Effective: uint32(effective), Permitted: uint32(permitted)},
 		{Effective: uint32(effective >> 32), Permitted: uint32(permitted >> 32)},

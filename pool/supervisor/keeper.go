@@ -25,7 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/ops/confine"
+	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
 )
 
@@ -51,7 +51,7 @@ const noRoomPause = 100 * time.Millisecond
 // Config is what a keeper is to do.
 type Config struct {
 	Export         *os.File // the directory, O_PATH: each server gets the same one
-	Confine        confine.Config
+	Confine        sandbox.Config
 	Socket         string   // name to accept connections on, owned by
 	UID, GID       int      // or
 	Conn           *os.File // the only connection

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/ops/confine"
+	"virtfs-proxy-helper/ops/sandbox"
 )
 
 // server is a server process.
@@ -71,7 +71,7 @@ func (k *keeper) startServer(program *os.File) (*server, error) {
 
 // violated acts on a system call that a server has no use for.
 func (k *keeper) violated(server *os.Process, call string) {
-	if k.Confine.Seccomp == confine.SeccompLog {
+	if k.Confine.Seccomp == sandbox.SeccompLog {
 		k.Log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
 		return
 	}

@@ -1,4 +1,4 @@
-package confine_test
+package sandbox_test
 
 import (
 	"fmt"

@@ -15,7 +15,7 @@
 // The keeper calls Keep, once, then Start for each server and Supervise with
 // what that server hands out; the server calls Enter, before it does anything
 // else.
-package confine
+package sandbox
 
 import (
 	"errors"
