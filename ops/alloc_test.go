@@ -11,9 +11,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/ops"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // local is the file system served in this process: its root is the root, so

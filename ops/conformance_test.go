@@ -15,8 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // step is one request: of fields, or a payload as it is.

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/pool/helpertest"
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // identity is all of a thread that a create as somebody changes.

@@ -6,7 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/pool/helpertest"
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // credential is root, or somebody, with supplementary groups.

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/pool/helpertest"
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // mountAgain binds dir to a new place with other flags.

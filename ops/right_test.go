@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // The tests in this file are of our helper alone: the C helper hangs, aborts or

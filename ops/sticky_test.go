@@ -9,9 +9,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/ops"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // fs.protected_regular is obeyed at each of its levels, as

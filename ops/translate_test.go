@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/pool/helpertest"
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // newTranslating starts our helper on a new tree, which the guest sees by

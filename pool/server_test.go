@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/hang"
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 func TestMain(m *testing.M) { helpertest.Main(m) }

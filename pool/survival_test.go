@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/hang"
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // disturb does something to the server again and again until the test ends,

@@ -19,7 +19,7 @@ import (
 	"testing"
 	"time"
 
-	"virtfs-proxy-helper/pool/helpertest"
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/scripts/guestsuite"
 )
 

@@ -37,8 +37,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/hang"
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // What the helper may have more than before, when all have left.

@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // vm is a synthetic VM: a connection, a directory of its own in the export, and

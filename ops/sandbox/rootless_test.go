@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
-	"virtfs-proxy-helper/pool/helpertest"
 )
 
 // What /etc/subuid and /etc/subgid give to someone, if anything.
