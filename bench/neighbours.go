@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/hang"
 	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -33,8 +33,8 @@ const hangDir = "hang"
 // neighbours are a program's connections that are not measured.
 type neighbours struct {
 	fds   []int
-	fs    *hang.FS // nil unless they hang
-	flood *flood   // nil unless one floods
+	fs    *slowfs.FS // nil unless they hang
+	flood *flood     // nil unless one floods
 }
 
 // mount mounts the file system that hangs. Where the host's mounts are private,
@@ -43,7 +43,7 @@ func (n *neighbours) mount(dir string) (err error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	n.fs, err = hang.Mount(dir)
+	n.fs, err = slowfs.Mount(dir)
 	return err
 }
 

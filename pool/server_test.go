@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/hang"
 	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -155,7 +155,7 @@ func TestManyConnections(t *testing.T) {
 // mountHang mounts a FUSE file system that does not answer, until release.
 func mountHang(t *testing.T, dir string) (release func()) {
 	t.Helper()
-	fs, err := hang.Mount(dir)
+	fs, err := slowfs.Mount(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

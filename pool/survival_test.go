@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/hang"
 	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -370,7 +370,7 @@ func TestKilledWhileHeld(t *testing.T) {
 	if err := os.Mkdir(stuck, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	fs, err := hang.Mount(stuck)
+	fs, err := slowfs.Mount(stuck)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,8 +36,8 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/hang"
 	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -56,7 +56,7 @@ type soak struct {
 
 	dir, export, socket string
 	mounts              []string
-	hangs               *hang.FS
+	hangs               *slowfs.FS
 	keeper              *exec.Cmd
 	exited              chan struct{} // closed when the keeper has ended
 	failed              chan struct{} // gets something when a fault is noted
@@ -194,7 +194,7 @@ func (s *soak) prepare() (vms []*vm, err error) {
 		if err := os.Mkdir(at, 0o755); err != nil {
 			return nil, err
 		}
-		if s.hangs, err = hang.Mount(at); err != nil {
+		if s.hangs, err = slowfs.Mount(at); err != nil {
 			return nil, err
 		}
 		s.hangs.Release()

@@ -1,6 +1,6 @@
 // Package hang is a file system that does not answer, as NFS or FUSE without
 // their servers: what a request that must hang alone is sent to.
-package hang
+package slowfs
 
 import (
 	"bytes"
