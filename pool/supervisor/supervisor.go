@@ -6,10 +6,10 @@
 // have in work. So a server may die, or be replaced by a newer binary, and the
 // next one goes on with all connections: QEMU itself never reconnects.
 //
-//	keeper.go    the keeper's life: connections and servers come and go
-//	server.go    a server as the keeper sees it: started, watched, ended
-//	name.go      the socket's name: claimed, put back, given up
-//	control.go   the socket pair between keeper and server
+//	supervisor.go  the keeper's life: connections and servers come and go
+//	child.go     a server as the keeper sees it: started, watched, ended
+//	socket.go     the socket's name: claimed, put back, given up
+//	ipc.go       the socket pair between keeper and server
 //	daemon.go    detached from the caller, who is told how the start went
 package supervisor
 

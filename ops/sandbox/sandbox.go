@@ -4,7 +4,7 @@
 // mounted, in namespaces of its own, with seven capabilities and a list of
 // system calls; the keeper with what it takes to start servers like that.
 //
-//	confine.go      how strictly; the server's way in, step by step
+//	sandbox.go      how strictly; the server's way in, step by step
 //	root.go         the export becomes the root: pivot_root in own namespaces, or chroot
 //	caps.go         capabilities of both processes, on all threads
 //	seccomp.go      the filters of system calls, and who is told of a violation
