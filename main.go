@@ -3,11 +3,11 @@
 //
 // It runs as two processes, started one by the other from this file:
 //
-//	keeper  outside the export: owns the socket's name, accepts connections
+//	supervisor  outside the export: owns the socket's name, accepts connections
 //	server  confined to the export: serves the requests
 //
-// A third, the command as the user started it, waits until the keeper takes
-// connections, and returns; with --nodaemon it is the keeper itself. An ordinary
+// A third, the command as the user started it, waits until the supervisor takes
+// connections, and returns; with --nodaemon it is the supervisor itself. An ordinary
 // user's runs all that in a user namespace, as root there, and waits for it.
 //
 // The Go runtime would keep descriptors of the cgroup's CPU quota, outside the
@@ -46,7 +46,7 @@ const name = "virtfs-proxy-helper"
 const roleEnv = "VIRTFS_PROXY_HELPER_ROLE"
 
 const (
-	roleKeeper = "keeper" // detached
+	roleSupervisor = "supervisor" // detached
 	roleServer = "server"
 )
 
@@ -63,8 +63,8 @@ func main() {
 	case err != nil:
 	case os.Getenv(roleEnv) == roleServer:
 		err = serve(opts)
-	case os.Getenv(roleEnv) == roleKeeper:
-		err = keepDetached(opts)
+	case os.Getenv(roleEnv) == roleSupervisor:
+		err = superviseDetached(opts)
 	default:
 		err = start(opts)
 	}
@@ -89,7 +89,7 @@ type options struct {
 	maxConnections int
 
 	fs       ops.Options
-	confine  sandbox.Config
+	sandbox  sandbox.Config
 	pidfile  string
 	logLevel slog.Level
 }
@@ -132,8 +132,8 @@ func parseOptions(args []string) (*options, error) {
 	f.Var(&o.fs.UIDs, "translate-uid", "translate user ids, in virtiofsd's notation; may be repeated. `MAP` is map:GUEST:HOST:COUNT,\n"+
 		"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\nsquash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
 	f.Var(&o.fs.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
-	f.StringVar((*string)(&o.confine.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
-	f.StringVar((*string)(&o.confine.Seccomp), "seccomp", "kill", "kill a server that makes a system call it has no use for; for debugging, log it or do none of that: `HOW`")
+	f.StringVar((*string)(&o.sandbox.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
+	f.StringVar((*string)(&o.sandbox.Seccomp), "seccomp", "kill", "kill a server that makes a system call it has no use for; for debugging, log it or do none of that: `HOW`")
 	f.StringVar(&o.pidfile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
 	f.StringVar(&level, "log-level", "info", "debug (each request), info, warn or error: `LEVEL` of what is logged")
 	version := f.Bool("version", false, "print the version and leave")
@@ -177,13 +177,13 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--max-connections %d: not within 1 to 65536", o.maxConnections)
 	case o.workers < 1 || o.workers > 1024:
 		return bad("--workers %d: not within 1 to 1024", o.workers)
-	case !o.confine.Sandbox.Valid():
-		return bad("--sandbox %q: not one of namespace, chroot, none", o.confine.Sandbox)
-	case !o.confine.Seccomp.Valid():
-		return bad("--seccomp %q: not one of kill, log, none", o.confine.Seccomp)
+	case !o.sandbox.Sandbox.Valid():
+		return bad("--sandbox %q: not one of namespace, chroot, none", o.sandbox.Sandbox)
+	case !o.sandbox.Seccomp.Valid():
+		return bad("--seccomp %q: not one of kill, log, none", o.sandbox.Seccomp)
 	}
 	o.uid, o.gid = int(uid), int(gid)
-	o.confine.ReadOnly = o.fs.ReadOnly && o.confine.Sandbox == sandbox.SandboxNamespace
+	o.sandbox.ReadOnly = o.fs.ReadOnly && o.sandbox.Sandbox == sandbox.SandboxNamespace
 	if o.pidfile != "" { // the daemon leaves this directory before it removes the file
 		if o.pidfile, err = filepath.Abs(o.pidfile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)
@@ -231,13 +231,13 @@ func start(opts *options) error {
 	if os.Geteuid() != 0 {
 		return startRootless(opts, conn)
 	}
-	if err := opts.confine.Check(); err != nil {
+	if err := opts.sandbox.Check(); err != nil {
 		return err
 	}
 	if opts.nodaemon {
-		return keep(opts, conn, func() io.Writer { return os.Stderr }, func() error { return nil })
+		return supervise(opts, conn, func() io.Writer { return os.Stderr }, func() error { return nil })
 	}
-	return supervisor.Detach(self(executable, roleKeeper), conn)
+	return supervisor.Detach(self(executable, roleSupervisor), conn)
 }
 
 // startRootless runs this command again, where its user is root, and ends as it
@@ -267,8 +267,8 @@ func awaitIDs() error {
 	return sandbox.AwaitIDs(fd)
 }
 
-// keepDetached is the keeper as a daemon.
-func keepDetached(opts *options) error {
+// superviseDetached is the supervisor as a daemon.
+func superviseDetached(opts *options) error {
 	report := supervisor.NewReport()
 	var conn *os.File
 	if opts.socket == "" {
@@ -276,7 +276,7 @@ func keepDetached(opts *options) error {
 		conn = os.NewFile(supervisor.ConnFD, "connection")
 	}
 	ready := false
-	err := keep(opts, conn, func() io.Writer { return supervisor.Syslog(name) }, func() error {
+	err := supervise(opts, conn, func() io.Writer { return supervisor.Syslog(name) }, func() error {
 		ready = true
 		return errors.Join(os.Chdir("/"), report.Ready())
 	})
@@ -290,8 +290,8 @@ func keepDetached(opts *options) error {
 // for each request in the file system, and what it has anyway.
 func (o *options) descriptors() uint64 { return uint64(o.maxConnections + 4*o.workers + 64) }
 
-// keep is the keeper. Its log and the servers' go to output.
-func keep(opts *options, conn *os.File, output func() io.Writer, ready func() error) error {
+// supervise is the supervisor. Its log and the servers' go to output.
+func supervise(opts *options, conn *os.File, output func() io.Writer, ready func() error) error {
 	export, err := openExport(opts.path)
 	if err != nil {
 		return err
@@ -308,7 +308,7 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 	}
 	k := supervisor.Config{
 		Export:  export,
-		Confine: opts.confine,
+		Sandbox: opts.sandbox,
 		Socket:  opts.socket, UID: uid, GID: gid,
 		Conn:           conn,
 		MaxConnections: opts.maxConnections,
@@ -327,10 +327,10 @@ func keep(opts *options, conn *os.File, output func() io.Writer, ready func() er
 	return err
 }
 
-// serve is the server. It gets its connections from the keeper, and ends when
-// told to; or, should the keeper be gone, with its last client.
+// serve is the server. It gets its connections from the supervisor, and ends when
+// told to; or, should the supervisor be gone, with its last client.
 func serve(opts *options) error {
-	// They are the keeper's; systemd sends them to all processes of a service.
+	// They are the supervisor's; systemd sends them to all processes of a service.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	log := newLog(opts, os.Stderr)
 	if err := pool.CalmMonitor(); err != nil {
@@ -352,7 +352,7 @@ func serve(opts *options) error {
 	})
 	switch {
 	case err != nil:
-		log.Error("the keeper died: serving on until the last client has left", "error", err)
+		log.Error("the supervisor died: serving on until the last client has left", "error", err)
 		<-server.Empty()
 	case handOver:
 		<-server.HandOver()
@@ -374,7 +374,7 @@ func newServer(opts *options, control *supervisor.Control, log *slog.Logger) (*p
 	if opts.fs.Sysctls, err = ops.ReadSysctls(); err != nil {
 		return nil, err
 	}
-	inside, err := opts.confine.Enter(supervisor.ExportFD, log)
+	inside, err := opts.sandbox.Enter(supervisor.ExportFD, log)
 	if err != nil {
 		return nil, err
 	}

@@ -13,7 +13,7 @@ import (
 
 // enterScratch starts bench anew, with --scratch, on a fresh ext4 in memory.
 // Measured on whatever lies below /tmp, the file system drowns the helper: an
-// ext4 without a journal, for example, needs a millisecond for a create after
+// ext4 without an in-flight memory, for example, needs a millisecond for a create after
 // some thousand removes, for it looks at each inode that was freed lately.
 //
 // The file system is mounted in a mount namespace of this process alone: it

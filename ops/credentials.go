@@ -9,15 +9,15 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 )
 
-// as runs do, which makes a file, with this thread as uid:gid: effective ids,
+// withCredentials runs do, which makes a file, with this thread withCredentials uid:gid: effective ids,
 // which the file system ids follow, and of the capabilities at most
-// CAP_DAC_OVERRIDE, as the guest has checked permissions already. 0:0 is what
+// CAP_DAC_OVERRIDE, withCredentials the guest has checked permissions already. 0:0 is what
 // every thread is anyway: it keeps all that the process has.
 //
 // A uid other than 0 takes all capabilities away. Most files are made where
 // their owner may write, so CAP_DAC_OVERRIDE comes back only if do fails for
 // the want of it; do has made nothing then.
-func (c *Call) as(uid, gid uint32, do func() unix.Errno) unix.Errno {
+func (c *Call) withCredentials(uid, gid uint32, do func() unix.Errno) unix.Errno {
 	const invalid = ^uint32(0)
 	switch {
 	case uid == invalid || gid == invalid:
@@ -25,7 +25,7 @@ func (c *Call) as(uid, gid uint32, do func() unix.Errno) unix.Errno {
 	case uid == 0 && gid == 0:
 		return do()
 	}
-	errno := c.become(uid, gid)
+	errno := c.assume(uid, gid)
 	if errno == 0 {
 		if errno = do(); errno == unix.EACCES && uid != 0 {
 			if errno = capset(&createCaps); errno == 0 {
@@ -33,17 +33,17 @@ func (c *Call) as(uid, gid uint32, do func() unix.Errno) unix.Errno {
 			}
 		}
 	}
-	c.revert(uid, gid)
+	c.restore(uid, gid)
 	return errno
 }
 
-// become switches this thread to uid:gid. It is EPERM, not the kernel's EINVAL,
+// assume switches this thread to uid:gid. It is EPERM, not the kernel's EINVAL,
 // if the user namespace has no such id. The calls are raw ones: identity
 // belongs to a thread, and the C library's (and Go's) setters change all of
 // them. The goroutine is locked to its thread until revert, which also keeps
 // the runtime from cloning new threads, and with them the identity, from this
 // one.
-func (c *Call) become(uid, gid uint32) (errno unix.Errno) {
+func (c *Call) assume(uid, gid uint32) (errno unix.Errno) {
 	runtime.LockOSThread()
 	c.switched = true
 	c.uid = uid
@@ -63,21 +63,21 @@ func (c *Call) become(uid, gid uint32) (errno unix.Errno) {
 	return errno
 }
 
-// refused tells that the user namespace has no such user or group; -1 stands
+// idUnmapped tells that the user namespace has no such user or group; -1 stands
 // for none.
-func (c *Call) refused(uid, gid uint32) bool {
+func (c *Call) idUnmapped(uid, gid uint32) bool {
 	if uid == noID {
 		uid = 0
 	}
 	if gid == noID {
 		gid = 0
 	}
-	return c.as(uid, gid, func() unix.Errno { return 0 }) == unix.EPERM
+	return c.withCredentials(uid, gid, func() unix.Errno { return 0 }) == unix.EPERM
 }
 
-// revert takes become back. The real ids are 0, so it needs no capability. If
+// restore takes become back. The real ids are 0, so it needs no capability. If
 // it fails all the same, the thread is lost to further requests.
-func (c *Call) revert(uid, gid uint32) {
+func (c *Call) restore(uid, gid uint32) {
 	var errno unix.Errno
 	if uid != 0 {
 		errno = seteuid(0) // and the kernel makes the permitted set effective
@@ -88,7 +88,7 @@ func (c *Call) revert(uid, gid uint32) {
 		errno = setegid(0)
 	}
 	if errno != 0 {
-		c.Stray = true
+		c.Tainted = true
 		return
 	}
 	c.switched = false

@@ -11,7 +11,7 @@ import (
 
 // lstat serves LSTAT: s path; lstat(path).
 func (fs *FS) lstat(c *Call) unix.Errno {
-	at, errno := locate(c.req.Path)
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
@@ -32,7 +32,7 @@ func (fs *FS) readlink(c *Call) unix.Errno {
 	if size <= 0 {
 		return unix.EINVAL
 	}
-	at, errno := locate(c.req.Path)
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
@@ -57,7 +57,7 @@ func (fs *FS) statfs(c *Call) unix.Errno {
 
 // chmod serves CHMOD: s path, d mode; chmod(path, mode), which follows links.
 func (fs *FS) chmod(c *Call) unix.Errno {
-	at, errno := locate(c.req.Path)
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
@@ -69,13 +69,13 @@ func (fs *FS) chmod(c *Call) unix.Errno {
 // leaves an id as it is. EPERM if the user namespace has no such id, as for what
 // is made for it.
 func (fs *FS) chown(c *Call) unix.Errno {
-	at, errno := locate(c.req.Path)
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
 	defer at.close()
 	errno = fchownat(at.dir, at.name, c.req.UID, c.req.GID, unix.AT_SYMLINK_NOFOLLOW)
-	if errno == unix.EINVAL && c.refused(c.req.UID, c.req.GID) {
+	if errno == unix.EINVAL && c.idUnmapped(c.req.UID, c.req.GID) {
 		return unix.EPERM
 	}
 	return errno
@@ -90,7 +90,7 @@ func (fs *FS) truncate(c *Call) unix.Errno {
 // utime serves UTIME: s path, q atime s, ns, q mtime s, ns; utimensat(path)
 // without following; UTIME_NOW and UTIME_OMIT pass through.
 func (fs *FS) utime(c *Call) unix.Errno {
-	at, errno := locate(c.req.Path)
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
@@ -118,7 +118,7 @@ func (fs *FS) getversion(c *Call) unix.Errno {
 }
 
 func (fs *FS) version(c *Call, path codec.CString) (uint32, unix.Errno) {
-	at, errno := locate(path)
+	at, errno := resolve(path)
 	if errno != 0 {
 		return 0, errno
 	}
@@ -185,7 +185,7 @@ type fileHandle struct {
 // versionByHandle takes the inode's generation from its file handle, where
 // that has the layout of FILEID_INO32_GEN: u32 inode, u32 generation (ext2 to
 // ext4, xfs with 32-bit inodes). It fills in c.inode and c.mount.
-func (c *Call) versionByHandle(at place) bool {
+func (c *Call) versionByHandle(at resolved) bool {
 	const fileidIno32Gen = 1
 	h := &c.handle
 	h.size = uint32(len(h.data))
@@ -220,7 +220,7 @@ func (fs *FS) probeVersions() error {
 	if errno != 0 {
 		return nil // each request is told the same
 	}
-	fs.handles = c.versionByHandle(place{unix.AT_FDCWD, root.Pointer()}) && c.inode.generation == want
+	fs.handles = c.versionByHandle(resolved{unix.AT_FDCWD, root.Pointer()}) && c.inode.generation == want
 	fs.mount = c.mount
 	return nil
 }

@@ -10,25 +10,25 @@ func (fs *FS) mknod(c *Call) unix.Errno {
 	if q.Rdev>>32 != 0 {
 		return unix.EINVAL // the kernel's dev_t has 32 bits
 	}
-	return c.make(func(at place) unix.Errno { return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev)) })
+	return c.createAt(func(at resolved) unix.Errno { return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev)) })
 }
 
 // mkdir serves MKDIR: d uid, d gid, s path, d mode; mkdir(path, mode) as
 // uid:gid.
 func (fs *FS) mkdir(c *Call) unix.Errno {
-	return c.make(func(at place) unix.Errno { return mkdirat(at.dir, at.name, c.req.Mode) })
+	return c.createAt(func(at resolved) unix.Errno { return mkdirat(at.dir, at.name, c.req.Mode) })
 }
 
 // symlink serves SYMLINK: d uid, d gid, s target, s path; symlink(target,
 // path) as uid:gid.
 func (fs *FS) symlink(c *Call) unix.Errno {
-	return c.make(func(at place) unix.Errno { return symlinkat(c.req.Other.Pointer(), at.dir, at.name) })
+	return c.createAt(func(at resolved) unix.Errno { return symlinkat(c.req.Other.Pointer(), at.dir, at.name) })
 }
 
-// make runs a system call that makes the name c.req.Path as its owner to be.
-func (c *Call) make(do func(place) unix.Errno) unix.Errno {
-	return c.as(c.req.UID, c.req.GID, func() unix.Errno {
-		at, errno := locate(c.req.Path)
+// createAt runs a system call that makes the name c.req.Path as its owner to be.
+func (c *Call) createAt(do func(resolved) unix.Errno) unix.Errno {
+	return c.withCredentials(c.req.UID, c.req.GID, func() unix.Errno {
+		at, errno := resolve(c.req.Path)
 		if errno != 0 {
 			return errno
 		}
@@ -39,21 +39,21 @@ func (c *Call) make(do func(place) unix.Errno) unix.Errno {
 
 // link serves LINK: s old, s new; link(old, new), which does not follow old.
 func (fs *FS) link(c *Call) unix.Errno {
-	return c.both(func(old, new place) unix.Errno { return linkat(old.dir, old.name, new.dir, new.name) })
+	return c.resolveTwo(func(old, new resolved) unix.Errno { return linkat(old.dir, old.name, new.dir, new.name) })
 }
 
 // rename serves RENAME: s old, s new; rename(old, new).
 func (fs *FS) rename(c *Call) unix.Errno {
-	return c.both(func(old, new place) unix.Errno { return renameat(old.dir, old.name, new.dir, new.name) })
+	return c.resolveTwo(func(old, new resolved) unix.Errno { return renameat(old.dir, old.name, new.dir, new.name) })
 }
 
-func (c *Call) both(do func(old, new place) unix.Errno) unix.Errno {
-	old, errno := locate(c.req.Path)
+func (c *Call) resolveTwo(do func(old, new resolved) unix.Errno) unix.Errno {
+	old, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
 	defer old.close()
-	new, errno := locate(c.req.Other)
+	new, errno := resolve(c.req.Other)
 	if errno != 0 {
 		return errno
 	}
@@ -64,7 +64,7 @@ func (c *Call) both(do func(old, new place) unix.Errno) unix.Errno {
 // remove serves REMOVE: s path; remove(path), which is unlink, or rmdir of a
 // directory.
 func (fs *FS) remove(c *Call) unix.Errno {
-	at, errno := locate(c.req.Path)
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}

@@ -25,7 +25,7 @@ func (fs *FS) open(c *Call) unix.Errno {
 // flags, mode) as uid:gid. Without O_CREAT in the flags it is an OPEN as
 // uid:gid.
 func (fs *FS) create(c *Call) unix.Errno {
-	return c.as(c.req.UID, c.req.GID, func() unix.Errno { return fs.openAny(c, c.req.Mode) })
+	return c.withCredentials(c.req.UID, c.req.GID, func() unix.Errno { return fs.openAny(c, c.req.Mode) })
 }
 
 // openAny sets c.FD. A file is created only where there is none (O_EXCL), and
@@ -66,7 +66,7 @@ func (fs *FS) openAt(c *Call, path codec.CString, flags int, mode uint32) unix.E
 	if fs.readOnly && flags&(unix.O_CREAT|tmpfile) != 0 {
 		return fs.createReadOnly(path, flags, mode)
 	}
-	at, errno := locate(path)
+	at, errno := resolve(path)
 	if errno != 0 {
 		return errno
 	}
@@ -138,7 +138,7 @@ func (c *Call) nameOf(fd int) *byte {
 
 // openPath returns an O_PATH descriptor of what path leads to.
 func openPath(path codec.CString, flags int) (int, unix.Errno) {
-	at, errno := locate(path)
+	at, errno := resolve(path)
 	if errno != 0 {
 		return -1, errno
 	}
@@ -149,7 +149,7 @@ func openPath(path codec.CString, flags int) (int, unix.Errno) {
 // followLink returns the path that the link at path leads to; path itself
 // where there is no link (any more).
 func followLink(path codec.CString) (codec.CString, unix.Errno) {
-	at, errno := locate(path)
+	at, errno := resolve(path)
 	if errno != 0 {
 		return nil, errno
 	}

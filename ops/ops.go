@@ -3,21 +3,21 @@
 //
 //	ops.go       the table, the way of one call, errno to wire at one door
 //	open.go      OPEN and CREATE: which files may be opened, without a race
-//	sticky.go    and which not, in directories that many write to
+//	protected.go and which not, in directories that many write to
 //	names.go     requests that make, move and remove names
 //	inode.go     requests that read or change an inode, and GETVERSION
 //	xattr.go     extended attributes
 //	readonly.go  what a read-only export answers instead
-//	translate.go ids of the guest to those of the host, and back
-//	path.go      paths, those beyond PATH_MAX, too
-//	identity.go  creates as the caller's uid and gid, on one thread alone
-//	sys.go       the system calls, as they are: no allocation, no string
-//	confine/     what keeps the process inside the export
+//	idmap.go     ids of the guest to those of the host, and back
+//	resolve.go   paths, those beyond PATH_MAX, too
+//	credentials.go creates as the caller's uid and gid, on one thread alone
+//	syscalls.go  the system calls, as they are: no allocation, no string
+//	sandbox/     what keeps the process inside the export
 //
 // # Trust
 //
 // A request comes from a guest that may be hostile. The process' root is the
-// export (package confine), so a path may say what it likes; a length that a
+// export (package sandbox), so a path may say what it likes; a length that a
 // request names never takes memory beyond 64 KiB. Nothing here waits for
 // another process except a file system itself: FIFOs, devices and sockets are
 // never opened.
@@ -25,7 +25,7 @@
 // # Threads
 //
 // A call stays on one goroutine; only while its thread differs from the others
-// (in as and in byName) is it locked to that. An FS is used by any number of
+// (in withCredentials and in byName) is it locked to that. An FS is used by any number of
 // calls at once, a Call by one.
 package ops
 
@@ -122,10 +122,10 @@ type Call struct {
 	Out []byte // the answer's bytes, whole
 	FD  int    // the descriptor that goes with them, or -1; the caller of Do owns it
 
-	// Stray says that the thread under this goroutine has an identity or a
+	// Tainted says that the thread under this goroutine has an identity or a
 	// working directory that could not be taken back. The goroutine is locked
 	// to it, must not call Do again, and has to end.
-	Stray bool
+	Tainted bool
 
 	req      codec.Request
 	switched bool   // the thread is not as others: between become and revert, or in byName
@@ -165,7 +165,7 @@ func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	defer func() {
 		if p := recover(); p != nil {
 			fs.log.Error("panic in a request", "request", t.String(), "panic", p, "stack", string(debug.Stack()))
-			c.Stray = c.Stray || c.switched
+			c.Tainted = c.Tainted || c.switched
 			if c.FD >= 0 {
 				closefd(c.FD)
 				c.FD = -1

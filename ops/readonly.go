@@ -19,18 +19,18 @@ import (
 var readOnlyTable = func() [codec.NumTypes]func(*FS, *Call) unix.Errno {
 	t := table
 	for typ, before := range map[codec.Type]func(*FS, *Call) unix.Errno{
-		codec.Mknod:        func(fs *FS, c *Call) unix.Errno { return fs.newName(c.req.Path) },
-		codec.Mkdir:        func(fs *FS, c *Call) unix.Errno { return fs.newName(trimSlashes(c.req.Path)) },
+		codec.Mknod:        func(fs *FS, c *Call) unix.Errno { return fs.probeNewName(c.req.Path) },
+		codec.Mkdir:        func(fs *FS, c *Call) unix.Errno { return fs.probeNewName(trimSlashes(c.req.Path)) },
 		codec.Symlink:      (*FS).symlinkReadOnly,
 		codec.Link:         (*FS).linkReadOnly,
-		codec.Chmod:        func(_ *FS, c *Call) unix.Errno { return c.look(0) },
-		codec.Chown:        func(_ *FS, c *Call) unix.Errno { return c.look(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Chmod:        func(_ *FS, c *Call) unix.Errno { return c.probeInode(0) },
+		codec.Chown:        func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
 		codec.Truncate:     (*FS).truncateReadOnly,
 		codec.Utime:        (*FS).utimeReadOnly,
 		codec.Rename:       (*FS).renameReadOnly,
 		codec.Remove:       (*FS).removeReadOnly,
-		codec.Lsetxattr:    func(_ *FS, c *Call) unix.Errno { return c.look(unix.AT_SYMLINK_NOFOLLOW) },
-		codec.Lremovexattr: func(_ *FS, c *Call) unix.Errno { return c.look(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Lsetxattr:    func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Lremovexattr: func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
 	} {
 		change := table[typ]
 		t[typ] = func(fs *FS, c *Call) unix.Errno { return fs.refuse(c, change, before) }
@@ -56,9 +56,9 @@ func (fs *FS) refuse(c *Call, change, before func(*FS, *Call) unix.Errno) unix.E
 	return unix.EROFS
 }
 
-// look finds what is wrong with the path of an inode. It leaves c.stat.
-func (c *Call) look(flags int) unix.Errno {
-	at, errno := locate(c.req.Path)
+// probeInode finds what is wrong with the path of an inode. It leaves c.stat.
+func (c *Call) probeInode(flags int) unix.Errno {
+	at, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
@@ -66,30 +66,30 @@ func (c *Call) look(flags int) unix.Errno {
 	return fstatat(at.dir, at.name, &c.stat, flags)
 }
 
-// newName finds what is wrong with the path of a file to be made. A link to
+// probeNewName finds what is wrong with the path of a file to be made. A link to
 // another mount is refused as the last of that.
-func (fs *FS) newName(path codec.CString) unix.Errno {
-	at, errno := locate(path)
+func (fs *FS) probeNewName(path codec.CString) unix.Errno {
+	at, errno := resolve(path)
 	if errno != 0 {
 		return errno
 	}
 	defer at.close()
-	return elsewhere(linkat(fs.fds, fs.self.Pointer(), at.dir, at.name))
+	return ignoreEXDEV(linkat(fs.fds, fs.self.Pointer(), at.dir, at.name))
 }
 
-// parent finds what is wrong with the path of a name to be taken away, up to
+// probeParent finds what is wrong with the path of a name to be taken away, up to
 // the directory that it is in.
-func (fs *FS) parent(path codec.CString) unix.Errno {
-	at, errno := locate(path)
+func (fs *FS) probeParent(path codec.CString) unix.Errno {
+	at, errno := resolve(path)
 	if errno != 0 {
 		return errno
 	}
 	defer at.close()
-	return elsewhere(renameat(at.dir, at.name, fs.fds, fs.self.Pointer()))
+	return ignoreEXDEV(renameat(at.dir, at.name, fs.fds, fs.self.Pointer()))
 }
 
-// elsewhere is what a call with one path in fds says of the other.
-func elsewhere(errno unix.Errno) unix.Errno {
+// ignoreEXDEV is what a call with one path in fds says of the other.
+func ignoreEXDEV(errno unix.Errno) unix.Errno {
 	if errno == unix.EXDEV {
 		return 0
 	}
@@ -100,18 +100,18 @@ func (fs *FS) symlinkReadOnly(c *Call) unix.Errno {
 	if len(c.req.Other.Text()) == 0 {
 		return unix.ENOENT
 	}
-	return fs.newName(c.req.Path)
+	return fs.probeNewName(c.req.Path)
 }
 
 func (fs *FS) linkReadOnly(c *Call) unix.Errno {
-	if errno := c.look(unix.AT_SYMLINK_NOFOLLOW); errno != 0 {
+	if errno := c.probeInode(unix.AT_SYMLINK_NOFOLLOW); errno != 0 {
 		return errno
 	}
-	return fs.newName(c.req.Other)
+	return fs.probeNewName(c.req.Other)
 }
 
 func (fs *FS) truncateReadOnly(c *Call) unix.Errno {
-	errno := c.look(0)
+	errno := c.probeInode(0)
 	switch {
 	case errno != 0:
 		return errno
@@ -124,7 +124,7 @@ func (fs *FS) truncateReadOnly(c *Call) unix.Errno {
 }
 
 func (fs *FS) utimeReadOnly(c *Call) unix.Errno {
-	if errno := c.look(unix.AT_SYMLINK_NOFOLLOW); errno != 0 {
+	if errno := c.probeInode(unix.AT_SYMLINK_NOFOLLOW); errno != 0 {
 		return errno
 	}
 	for _, t := range []codec.Time{c.req.Atime, c.req.Mtime} {
@@ -137,7 +137,7 @@ func (fs *FS) utimeReadOnly(c *Call) unix.Errno {
 
 func (fs *FS) renameReadOnly(c *Call) unix.Errno {
 	for _, path := range []codec.CString{c.req.Path, c.req.Other} {
-		if errno := fs.parent(path); errno != 0 {
+		if errno := fs.probeParent(path); errno != 0 {
 			return errno
 		}
 	}
@@ -150,7 +150,7 @@ func (fs *FS) renameReadOnly(c *Call) unix.Errno {
 }
 
 func (fs *FS) removeReadOnly(c *Call) unix.Errno {
-	if errno := fs.parent(c.req.Path); errno != 0 || lastName(c.req.Path) != nil {
+	if errno := fs.probeParent(c.req.Path); errno != 0 || lastName(c.req.Path) != nil {
 		return errno
 	}
 	switch path := bytes.TrimRight(c.req.Path.Text(), "/"); {
@@ -174,11 +174,11 @@ func (fs *FS) createReadOnly(path codec.CString, flags int, mode uint32) unix.Er
 			closefd(fd)
 		}
 	case bytes.HasSuffix(path.Text(), []byte("/")) && lastName(path) != nil:
-		if errno = fs.parent(path); errno == 0 {
+		if errno = fs.probeParent(path); errno == 0 {
 			errno = unix.EISDIR
 		}
 	default:
-		errno = fs.newName(path)
+		errno = fs.probeNewName(path)
 	}
 	if errno == 0 {
 		errno = unix.EROFS

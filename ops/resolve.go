@@ -9,43 +9,43 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// place is where a path leads, as *at system calls want it: a name, relative
+// resolved is where a path leads, as *at system calls want it: a name, relative
 // to dir. dir is AT_FDCWD, which is the root of the export, except for paths
 // that are too long for one system call.
-type place struct {
+type resolved struct {
 	dir  int
 	name *byte
 }
 
-// locate finds the place of a path. One beyond PATH_MAX is walked, piece by
+// resolve finds the place of a path. One beyond PATH_MAX is walked, piece by
 // piece and as the kernel would: the process' root is the export's, so neither
 // ".." nor a link leads out of it. The place is to be closed.
-func locate(path codec.CString) (place, unix.Errno) {
-	at := place{unix.AT_FDCWD, path.Pointer()}
+func resolve(path codec.CString) (resolved, unix.Errno) {
+	at := resolved{unix.AT_FDCWD, path.Pointer()}
 	for len(path) > unix.PathMax {
 		end := bytes.LastIndexByte(path[:unix.PathMax-1], '/')
 		// The last piece must be a name: a path may end in slashes.
 		if end <= 0 || len(bytes.Trim(path[end:], "/\x00")) == 0 {
 			at.close()
-			return place{}, unix.ENAMETOOLONG
+			return resolved{}, unix.ENAMETOOLONG
 		}
 		path[end] = 0
 		dir, errno := openat(at.dir, path.Pointer(), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		path[end] = '/'
 		at.close()
 		if errno != 0 {
-			return place{}, errno
+			return resolved{}, errno
 		}
 		path = path[end+1:]
 		for path[0] == '/' {
 			path = path[1:]
 		}
-		at = place{dir, path.Pointer()}
+		at = resolved{dir, path.Pointer()}
 	}
 	return at, 0
 }
 
-func (at place) close() {
+func (at resolved) close() {
 	if at.dir != unix.AT_FDCWD {
 		closefd(at.dir)
 	}
@@ -55,7 +55,7 @@ func (at place) close() {
 // for it. Beyond PATH_MAX the working directory is the place's meanwhile: as
 // all threads share one, this thread gets its own first.
 func (c *Call) byName(path codec.CString, do func(name *byte) unix.Errno) unix.Errno {
-	at, errno := locate(path)
+	at, errno := resolve(path)
 	if errno != 0 {
 		return errno
 	}
@@ -71,7 +71,7 @@ func (c *Call) byName(path codec.CString, do func(name *byte) unix.Errno) unix.E
 		}
 	}
 	if chdir(root.Pointer()) != 0 {
-		c.Stray = true
+		c.Tainted = true
 		return errno
 	}
 	c.switched = false

@@ -21,7 +21,7 @@ import (
 type conn struct {
 	srv  *Server
 	loop *loop  // where it rests
-	id   uint32 // the keeper's number of it
+	id   uint32 // the supervisor's number of it
 	fd   int
 	slot *inflight.Slot // what has been received and is in work
 
@@ -66,10 +66,10 @@ func (t *turn) end() {
 type outcome int
 
 const (
-	resting outcome = iota // nothing asked for long
-	left                   // by the client, or to be closed
-	leaving                // to another server
-	stray                  // to be gone on with on another thread
+	idle       outcome = iota // nothing asked for long
+	peerClosed                // by the client, or to be closed
+	handedOver                // to another server
+	tainted                   // to be gone on with on another thread
 )
 
 // prepare makes fd a blocking socket whose recv waits for sleepFor at most.
@@ -95,22 +95,22 @@ func (c *conn) take() outcome {
 	}()
 	if !c.recovered {
 		c.recovered = true
-		if end := c.recover(); end != resting || c.slot.Pending() == 0 {
+		if end := c.recover(); end != idle || c.slot.Pending() == 0 {
 			return end
 		}
 	}
 	for {
-		if end := c.serveFrames(); end != resting {
+		if end := c.serveFrames(); end != idle {
 			return end
 		}
 		switch n := c.await(); {
 		case c.srv.handingOver.Load():
-			return leaving
+			return handedOver
 		case n < 0:
-			return left
+			return peerClosed
 		case n == 0:
 			c.slot.Rest()
-			return resting
+			return idle
 		}
 	}
 }
@@ -121,14 +121,14 @@ func (c *conn) visit(t *turn) outcome {
 	n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT)
 	switch {
 	case errno == unix.EAGAIN || errno == unix.EINTR:
-		return resting
+		return idle
 	case n <= 0:
-		return left
+		return peerClosed
 	}
 	c.turn = *t
 	end := c.serveFrames()
 	*t, c.turn = c.turn, turn{}
-	if end == resting && c.slot.Pending() == 0 {
+	if end == idle && c.slot.Pending() == 0 {
 		c.slot.Rest()
 	}
 	return end
@@ -141,18 +141,18 @@ func (c *conn) serveFrames() outcome {
 		t, payload, ok, err := c.slot.Frame()
 		if err != nil {
 			c.log().Warn("connection closed: not the proxy protocol", "request", t.String(), "error", err)
-			return left
+			return peerClosed
 		}
 		if !ok {
-			return resting
+			return idle
 		}
 		c.slot.Begin()
 		c.do(t, payload)
-		if end := c.answer(t, len(payload), 0); end != resting {
+		if end := c.answer(t, len(payload), 0); end != idle {
 			return end
 		}
 		if c.srv.handingOver.Load() {
-			return leaving
+			return handedOver
 		}
 	}
 }
@@ -181,14 +181,14 @@ func (c *conn) answer(t codec.Type, size, sent int) outcome {
 		}
 	}
 	if errno != 0 {
-		return left
+		return peerClosed
 	}
 	c.slot.Done(size)
-	if call.Stray {
+	if call.Tainted {
 		c.log().Error("a thread could not take back the identity of a request: it serves no other", "request", t.String())
-		return stray
+		return tainted
 	}
-	return resting
+	return idle
 }
 
 // recover answers the request that a server has died over, if there is one: it
@@ -197,10 +197,10 @@ func (c *conn) recover() outcome {
 	w, ok, err := c.slot.Recover()
 	if err != nil {
 		c.log().Error("connection closed", "error", err)
-		return left
+		return peerClosed
 	}
 	if !ok {
-		return resting
+		return idle
 	}
 	c.turn.request.Set(w.Payload)
 	again := w.Tries == 0 && ops.Repeatable(w.Type, c.turn.request.B)
@@ -213,7 +213,7 @@ func (c *conn) recover() outcome {
 	}
 	if w.Sent > 0 && len(call.Out) != w.Total {
 		c.log().Error("connection closed: half of an answer was sent", "request", w.Type.String())
-		return left
+		return peerClosed
 	}
 	return c.answer(w.Type, len(w.Payload), w.Sent)
 }
@@ -223,7 +223,7 @@ func (c *conn) recover() outcome {
 func (c *conn) refuse() { unix.Shutdown(c.fd, unix.SHUT_RD) }
 
 // close closes the server's descriptor of the connection. The client notices
-// if it has ended, although the keeper has a descriptor as well.
+// if it has ended, although the supervisor has a descriptor as well.
 func (c *conn) close(ended bool) {
 	if ended {
 		unix.Shutdown(c.fd, unix.SHUT_RDWR)
@@ -237,7 +237,7 @@ func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.id) }
 // nothing has within d, or a handing over has begun. With a seat it is a raw
 // call, like Receive.
 func (c *conn) readable(d time.Duration) bool {
-	fds := [2]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}, {Fd: int32(c.srv.bell), Events: unix.POLLIN}}
+	fds := [2]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}, {Fd: int32(c.srv.handoverFD), Events: unix.POLLIN}}
 	left := unix.NsecToTimespec(d.Nanoseconds()) // which the kernel counts down
 	for {
 		var errno unix.Errno

@@ -38,7 +38,7 @@ func TestCVE2020_10717_OutOfDescriptors(t *testing.T) {
 	for _, process := range []struct {
 		what string
 		pid  int
-	}{{"server", p.Server()}, {"keeper", p.PID}} {
+	}{{"server", p.Server()}, {"supervisor", p.PID}} {
 		lift := limitFDs(t, process.pid, 4)
 		if process.what == "server" {
 			for range 100 {

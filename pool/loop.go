@@ -67,7 +67,7 @@ func (l *loop) lead() {
 		err := l.poller.Polling(func(fd int, _ netpoll.IOEvent, _ netpoll.IOFlags) error { return l.wake(me, fd) })
 		switch {
 		case !errors.Is(err, gerrors.ErrEngineShutdown):
-			panic(fmt.Sprintf("epoll loop: %v", err)) // the keeper starts another server
+			panic(fmt.Sprintf("epoll loop: %v", err)) // the supervisor starts another server
 		case l.led(me):
 			l.poller.Close()
 		}
@@ -138,12 +138,12 @@ func (l *loop) wake(me *leader, fd int) error {
 		return gerrors.ErrEngineShutdown
 	}
 	l.here = nil
-	if end == resting && !s.handingOver.Load() {
+	if end == idle && !s.handingOver.Load() {
 		return nil
 	}
 	l.unrest(c)
 	s.finish(c, end)
-	if end == stray { // this thread is to end
+	if end == tainted { // this thread is to end
 		l.lead()
 		return gerrors.ErrEngineShutdown
 	}

@@ -8,13 +8,13 @@
 //	monitor.go   what the Go runtime costs when little is asked
 //	workers.go   the bound of requests in the file system at once
 //	journal/     what is in work, in memory that outlives the server
-//	keeper/      the process outside the export: the socket's name, the daemon
+//	supervisor/      the process outside the export: the socket's name, the daemon
 //
 // # The way of a request
 //
 // Idle connections rest in an epoll loop, gnet's. When a request comes, the
 // connection gets a turn on a thread: that reads the request into its slot of
-// the journal, copies it to a pooled buffer, decodes it there in place, does it
+// the in-flight memory, copies it to a pooled buffer, decodes it there in place, does it
 // and answers it. QEMU waits for each answer, so a hand-off to another thread
 // buys nothing and costs two wake-ups, more than most requests; it is made once
 // for a turn, which lasts as long as requests keep coming. What a pool is for
@@ -53,28 +53,28 @@ import (
 	"virtfs-proxy-helper/pool/inflight"
 )
 
-// spareThreads are kept for turns to come. A thread takes some 60 KiB, which an
+// maxIdleThreads are kept for turns to come. A thread takes some 60 KiB, which an
 // idle connection should not.
-const spareThreads = 8
+const maxIdleThreads = 8
 
 // Server serves any number of connections to one file system.
 type Server struct {
-	fs      *ops.FS
-	journal *inflight.Journal
-	log     *slog.Logger
-	workers *Workers
-	crowd   *crowd
-	gone    func(id uint32, ended bool)
+	fs       *ops.FS
+	inflight *inflight.Memory
+	log      *slog.Logger
+	workers  *Workers
+	crowd    *crowd
+	gone     func(id uint32, ended bool)
 
-	spare       atomic.Int32 // threads that have ended a turn
+	idleThreads atomic.Int32 // threads that have ended a turn
 	handingOver atomic.Bool
-	bell        int // an eventfd, readable once handing over has begun
+	handoverFD  int // an eventfd, readable once handing over has begun
 	loops       []*loop
 
 	mu       sync.Mutex
 	turns    map[*conn]struct{}
 	draining bool
-	lonely   bool // nobody adds connections any more
+	sealed   bool // nobody adds connections any more
 	closed   sync.Once
 	empty    chan struct{} // closed when draining or handing over, and nothing is served
 }
@@ -82,19 +82,19 @@ type Server struct {
 // NewServer returns a server of fs that has at most n requests in the file
 // system at once. gone is called when it has closed a connection: ended, or as
 // it is, for another server to go on with.
-func NewServer(fs *ops.FS, j *inflight.Journal, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
+func NewServer(fs *ops.FS, j *inflight.Memory, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
 	s := &Server{
-		fs:      fs,
-		journal: j,
-		log:     log,
-		workers: NewWorkers(n),
-		crowd:   newCrowd(n),
-		gone:    gone,
-		turns:   make(map[*conn]struct{}),
-		empty:   make(chan struct{}),
+		fs:       fs,
+		inflight: j,
+		log:      log,
+		workers:  NewWorkers(n),
+		crowd:    newCrowd(n),
+		gone:     gone,
+		turns:    make(map[*conn]struct{}),
+		empty:    make(chan struct{}),
 	}
 	var err error
-	if s.bell, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+	if s.handoverFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	for range max(1, runtime.NumCPU()/2) { // the other CPUs are the clients'
@@ -113,16 +113,16 @@ func (s *Server) Close() error {
 	for _, l := range s.loops {
 		err = errors.Join(err, l.close())
 	}
-	return errors.Join(err, unix.Close(s.bell))
+	return errors.Join(err, unix.Close(s.handoverFD))
 }
 
 // Add serves a connected stream socket, which the server owns from now on.
-// What another server has left of it is in its slot of the journal, number id.
+// What another server has left of it is in its slot of the in-flight memory, number id.
 func (s *Server) Add(fd int, id uint32) error {
-	c := &conn{srv: s, id: id, fd: fd, slot: s.journal.Slot(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
+	c := &conn{srv: s, id: id, fd: fd, slot: s.inflight.Slot(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
 	if c.slot == nil {
 		c.close(true)
-		return fmt.Errorf("no slot %d in the journal", id)
+		return fmt.Errorf("no slot %d in the in-flight memory", id)
 	}
 	if err := prepare(fd); err != nil {
 		c.close(true)
@@ -141,17 +141,17 @@ func (s *Server) Add(fd int, id uint32) error {
 
 // serve is the goroutine of a turn.
 func (s *Server) serve(c *conn) {
-	if s.spare.Add(-1) < 0 {
-		s.spare.Add(1)
+	if s.idleThreads.Add(-1) < 0 {
+		s.idleThreads.Add(1)
 	}
 	end := c.take()
 	s.mu.Lock()
 	s.finish(c, end)
 	s.mu.Unlock()
-	if s.spare.Add(1) <= spareThreads {
+	if s.idleThreads.Add(1) <= maxIdleThreads {
 		return
 	}
-	s.spare.Add(-1)
+	s.idleThreads.Add(-1)
 	s.mu.Lock()
 	last := len(s.turns) == 0 && nanotime() > s.crowd.lately // a crowd has no turns
 	s.mu.Unlock()
@@ -163,33 +163,33 @@ func (s *Server) serve(c *conn) {
 
 // finish ends a turn. The caller holds mu.
 func (s *Server) finish(c *conn, end outcome) {
-	if end == resting && s.handingOver.Load() {
-		end = leaving
+	if end == idle && s.handingOver.Load() {
+		end = handedOver
 	}
 	switch end {
-	case stray:
+	case tainted:
 		go s.serve(c) // on another thread: this goroutine ends, and its thread with it
 		return
-	case resting:
+	case idle:
 		err := c.loop.rest(c)
 		if err == nil {
 			return
 		}
 		s.log.Error("connection closed", "connection", c.id, "error", err)
-		end = left
-	case left:
+		end = peerClosed
+	case peerClosed:
 		if n := c.slot.Pending(); n > 0 {
 			s.log.Warn("client left in the middle of a request", "connection", c.id, "bytes", n)
 		}
 	}
 	delete(s.turns, c)
-	c.close(end == left)
-	s.gone(c.id, end == left)
+	c.close(end == peerClosed)
+	s.gone(c.id, end == peerClosed)
 	s.closeIfEmpty()
 }
 
 func (s *Server) closeIfEmpty() {
-	if (s.draining || s.lonely || s.handingOver.Load()) && s.serving() == 0 {
+	if (s.draining || s.sealed || s.handingOver.Load()) && s.serving() == 0 {
 		s.closed.Do(func() { close(s.empty) })
 	}
 }
@@ -236,7 +236,7 @@ func (s *Server) Drain() <-chan struct{} {
 func (s *Server) Empty() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lonely = true
+	s.sealed = true
 	s.closeIfEmpty()
 	return s.empty
 }
@@ -250,12 +250,12 @@ func (s *Server) HandOver() <-chan struct{} {
 		return s.empty
 	}
 	s.handingOver.Store(true)
-	unix.Write(s.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	unix.Write(s.handoverFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	for _, l := range s.loops {
 		for _, c := range l.resting {
 			if c != l.here { // the loop sees to that
 				l.unrest(c)
-				s.finish(c, leaving)
+				s.finish(c, handedOver)
 			}
 		}
 	}

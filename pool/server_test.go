@@ -317,7 +317,7 @@ func TestTerminate(t *testing.T) {
 	}
 }
 
-// The helper leaves with its last client if told so; without a keeper the
+// The helper leaves with its last client if told so; without a supervisor the
 // server goes on for those it has.
 func TestLeaving(t *testing.T) {
 	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t), "--once")

@@ -43,7 +43,7 @@ func disturb(t *testing.T, what func(), every time.Duration) (count *atomic.Int3
 	return &n, end
 }
 
-// killer kills the server that a keeper has now, if it has one.
+// killer kills the server that a supervisor has now, if it has one.
 func killer(p *helpertest.Process) func() {
 	return func() {
 		for _, pid := range helpertest.Children(p.PID) {
@@ -359,7 +359,7 @@ func TestDyingServers(t *testing.T) {
 	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 	helpertest.Eventually(t, "the pauses grow", func() bool { return p.Logged("pause=40ms") })
 	helpertest.Eventually(t, "who has left is forgotten", func() bool { return p.Logged("client left") })
-	helpertest.Eventually(t, "the keeper has a descriptor less than before", func() bool { return len(helpertest.FDs(t, p.PID)) == had-1 })
+	helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool { return len(helpertest.FDs(t, p.PID)) == had-1 })
 }
 
 // A server that is killed while a file system holds a thread of it, which

@@ -176,7 +176,7 @@ func TestTwoGuestsOnOneSocket(t *testing.T) {
 func TestSurvivalInGuest(t *testing.T) {
 	alone(t)
 	share := t.TempDir()
-	socket, keeper := startHelper(t, share)
+	socket, supervisor := startHelper(t, share)
 	const work = `
 		mkdir /tree && cd /tree || exit 90
 		for d in $(seq 8); do
@@ -212,10 +212,10 @@ func TestSurvivalInGuest(t *testing.T) {
 				continue // the guest boots
 			}
 			if second%5 == 0 {
-				syscall.Kill(keeper, syscall.SIGHUP)
+				syscall.Kill(supervisor, syscall.SIGHUP)
 				continue
 			}
-			for _, pid := range helpertest.Children(keeper) {
+			for _, pid := range helpertest.Children(supervisor) {
 				if syscall.Kill(pid, syscall.SIGKILL) == nil {
 					kills++
 				}
@@ -375,7 +375,7 @@ func alone(t *testing.T) {
 }
 
 // startHelper serves share, for QEMU run by nobody as scripts/guest does it, until the test ends.
-func startHelper(t *testing.T, share string) (socket string, keeper int) {
+func startHelper(t *testing.T, share string) (socket string, supervisor int) {
 	t.Helper()
 	nobody, err := user.Lookup("nobody")
 	if err != nil {

@@ -207,11 +207,11 @@ func (p *Process) Alive() bool {
 	}
 }
 
-// Server returns the process id of the server: the child of our keeper.
+// Server returns the process id of the server: the child of our supervisor.
 func (p *Process) Server() int {
 	p.tb.Helper()
 	var pid int
-	Eventually(p.tb, "the keeper has a server", func() bool {
+	Eventually(p.tb, "the supervisor has a server", func() bool {
 		pids := Children(p.PID)
 		if len(pids) == 1 {
 			pid = pids[0]

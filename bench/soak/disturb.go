@@ -27,7 +27,7 @@ var disturbances = []struct {
 	late       bool // also in the last quarter, which one server lives through
 }{
 	{"kill", "kill -9 a server", (*soak).kill, 1700 * time.Millisecond, false},
-	{"hup", "SIGHUP to the keeper: another server takes over", (*soak).renew, 4 * time.Second, false},
+	{"hup", "SIGHUP to the supervisor: another server takes over", (*soak).renew, 4 * time.Second, false},
 	{"cut", "clients leave in the middle of frames, send garbage, read no answers", (*soak).cut, 40 * time.Millisecond, true},
 	{"hang", "requests of others hang in a FUSE mount", (*soak).hang, 4 * time.Second, true},
 	{"full", "some VMs live on file systems without room: ENOSPC, EDQUOT", nil, 0, true},
@@ -67,7 +67,7 @@ func (s *spans) count(from, to time.Time) (n int) {
 
 // server is one of the servers there are now; 0 if there is none.
 func (s *soak) server(rng *rand.Rand) int {
-	pids := helpertest.Children(s.keeper.Process.Pid)
+	pids := helpertest.Children(s.supervisor.Process.Pid)
 	if len(pids) == 0 {
 		return 0
 	}
@@ -97,7 +97,7 @@ func (s *soak) kill(rng *rand.Rand) {
 }
 
 func (s *soak) renew(*rand.Rand) {
-	unix.Kill(s.keeper.Process.Pid, unix.SIGHUP)
+	unix.Kill(s.supervisor.Process.Pid, unix.SIGHUP)
 	s.did("hup")
 }
 
@@ -299,8 +299,8 @@ type cost struct {
 }
 
 func (s *soak) cost() (c cost, one bool) {
-	keeper := s.keeper.Process.Pid
-	pids := proc.Descendants([]int{keeper})
+	supervisor := s.supervisor.Process.Pid
+	pids := proc.Descendants([]int{supervisor})
 	if len(pids) != 2 {
 		return c, false
 	}

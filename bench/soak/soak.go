@@ -44,7 +44,7 @@ import (
 // What the helper may have more than before, when all have left.
 const (
 	moreThreads = 48       // Go keeps what it once needed at a time; there have been far more connections
-	moreMemory  = 32 << 20 // bytes: what the heap keeps, and slots of the journal until they are used again
+	moreMemory  = 32 << 20 // bytes: what the heap keeps, and slots of the in-flight memory until they are used again
 )
 
 type soak struct {
@@ -57,8 +57,8 @@ type soak struct {
 	dir, export, socket string
 	mounts              []string
 	hangs               *slowfs.FS
-	keeper              *exec.Cmd
-	exited              chan struct{} // closed when the keeper has ended
+	supervisor          *exec.Cmd
+	exited              chan struct{} // closed when the supervisor has ended
 	failed              chan struct{} // gets something when a fault is noted
 
 	over     atomic.Bool // the VMs end
@@ -240,15 +240,15 @@ func (s *soak) startHelper() error {
 		return err
 	}
 	defer log.Close()
-	s.keeper = exec.Command(s.helper, "-n", "-p", s.export, "-s", s.socket, "-u", "0", "-g", "0")
-	s.keeper.Stdout, s.keeper.Stderr = log, log
-	s.keeper.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGTERM, Setpgid: true} // a ^C is for this process alone
-	if err := s.keeper.Start(); err != nil {
-		s.keeper = nil
+	s.supervisor = exec.Command(s.helper, "-n", "-p", s.export, "-s", s.socket, "-u", "0", "-g", "0")
+	s.supervisor.Stdout, s.supervisor.Stderr = log, log
+	s.supervisor.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGTERM, Setpgid: true} // a ^C is for this process alone
+	if err := s.supervisor.Start(); err != nil {
+		s.supervisor = nil
 		return fmt.Errorf("start the helper: %w", err)
 	}
 	go func() {
-		s.keeper.Wait()
+		s.supervisor.Wait()
 		close(s.exited)
 	}()
 	served := eventually(func() bool {
@@ -360,27 +360,27 @@ func (s *soak) checkLeaks(before cost) (after cost) {
 			after.threads <= before.threads+moreThreads && after.memory <= before.memory+moreMemory
 	})
 	if !ok {
-		s.wrong("a leak: keeper and servers are processes %v; they have %+v, and had %+v", helpertest.Children(s.keeper.Process.Pid), after, before)
+		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v", helpertest.Children(s.supervisor.Process.Pid), after, before)
 	}
 	return after
 }
 
 // checkEnd ends the helper.
 func (s *soak) checkEnd() {
-	servers := helpertest.Children(s.keeper.Process.Pid)
-	s.keeper.Process.Signal(unix.SIGTERM)
+	servers := helpertest.Children(s.supervisor.Process.Pid)
+	s.supervisor.Process.Signal(unix.SIGTERM)
 	select {
 	case <-s.exited:
 	case <-time.After(helpertest.Patience):
 		s.wrong("the helper does not end on SIGTERM")
 		return
 	}
-	if !s.keeper.ProcessState.Success() {
-		s.wrong("the helper ends with %v", s.keeper.ProcessState)
+	if !s.supervisor.ProcessState.Success() {
+		s.wrong("the helper ends with %v", s.supervisor.ProcessState)
 	}
 	for _, pid := range servers {
 		if unix.Kill(pid, 0) == nil {
-			s.wrong("server %d outlives its keeper", pid)
+			s.wrong("server %d outlives its supervisor", pid)
 		}
 	}
 	if left, _ := filepath.Glob(filepath.Join(s.dir, "*socket")); len(left) > 0 {
@@ -426,14 +426,14 @@ func (s *soak) report(vms []*vm, before, after cost) {
 			fmt.Printf("  %-13s %8d\n", d.name, n)
 		}
 	}
-	fmt.Printf("helper, before and after: descriptors of the keeper %d %d, of the server %d %d; threads %d %d; memory %.1f %.1f MiB\n",
+	fmt.Printf("helper, before and after: descriptors of the supervisor %d %d, of the server %d %d; threads %d %d; memory %.1f %.1f MiB\n",
 		before.keeperFDs, after.keeperFDs, before.serverFDs, after.serverFDs, before.threads, after.threads, before.memory/(1<<20), after.memory/(1<<20))
 }
 
 // cleanUp leaves nothing behind.
 func (s *soak) cleanUp() (err error) {
-	if s.keeper != nil && !s.ended() {
-		for _, pid := range append(helpertest.Children(s.keeper.Process.Pid), s.keeper.Process.Pid) {
+	if s.supervisor != nil && !s.ended() {
+		for _, pid := range append(helpertest.Children(s.supervisor.Process.Pid), s.supervisor.Process.Pid) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		<-s.exited

@@ -10,25 +10,25 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// kept are the capabilities that requests need; they are all that remains to
+// serverCaps are the capabilities that requests need; they are all that remains to
 // the server.
-var kept = []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE, cap.FOWNER, cap.FSETID, cap.SETGID, cap.SETUID, cap.MKNOD}
+var serverCaps = []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE, cap.FOWNER, cap.FSETID, cap.SETGID, cap.SETUID, cap.MKNOD}
 
-// keepers are what the keeper works with: it makes and removes names.
-var keepers = []cap.Value{cap.DAC_OVERRIDE, cap.FOWNER}
+// supervisorCaps are what the supervisor works with: it makes and removes names.
+var supervisorCaps = []cap.Value{cap.DAC_OVERRIDE, cap.FOWNER}
 
 // Mask returns the capabilities that requests need as the kernel's bit mask.
 func Mask() uint64 {
 	var m uint64
-	for _, v := range kept {
+	for _, v := range serverCaps {
 		m |= 1 << v
 	}
 	return m
 }
 
-// starts are the capabilities that it takes to confine a server, beside those
+// setupCaps are the capabilities that it takes to confine a server, beside those
 // that the server keeps: SETPCAP empties its bounding set.
-func (c Config) starts() []cap.Value {
+func (c Config) setupCaps() []cap.Value {
 	switch c.Sandbox {
 	case SandboxNamespace:
 		return []cap.Value{cap.SYS_ADMIN, cap.SETPCAP}
@@ -46,7 +46,7 @@ func (c Config) Check() error {
 	}
 	have := cap.GetProc()
 	var missing []string
-	for _, v := range append(c.starts(), kept...) {
+	for _, v := range append(c.setupCaps(), serverCaps...) {
 		if ok, err := have.GetFlag(cap.Effective, v); err != nil || !ok {
 			missing = append(missing, strings.ToUpper(v.String()))
 		}
@@ -61,21 +61,21 @@ func (c Config) Check() error {
 	return err
 }
 
-// Keep leaves the keeper, this process, what it needs to start servers and to
+// DropSupervisorPrivileges leaves the supervisor, this process, what it needs to start servers and to
 // make names. Nothing but Start uses more than the latter: the others lie in
 // the permitted set, for a server inherits by execve what both that and the
 // bounding set have.
-func (c Config) Keep() error {
+func (c Config) DropSupervisorPrivileges() error {
 	if c.Sandbox != SandboxNone {
-		if err := c.dropKeeper(); err != nil {
+		if err := c.dropSupervisorCaps(); err != nil {
 			return err
 		}
 	}
-	return c.filterKeeper()
+	return c.filterSupervisor()
 }
 
-func (c Config) dropKeeper() error {
-	permitted := append(c.starts(), kept...)
+func (c Config) dropSupervisorCaps() error {
+	permitted := append(c.setupCaps(), serverCaps...)
 	// Where they can be had: a server takes a detached /proc/self/fd if it is
 	// not in a namespace, too, and calms its runtime's monitor thread.
 	for _, v := range []cap.Value{cap.SYS_ADMIN, cap.SYS_NICE} {
@@ -83,13 +83,13 @@ func (c Config) dropKeeper() error {
 			permitted = append(permitted, v)
 		}
 	}
-	return drop(keepers, permitted, permitted)
+	return drop(supervisorCaps, permitted, permitted)
 }
 
-// privileged runs f with all that the keeper may have, on this thread alone.
+// withCaps runs f with all that the supervisor may have, on this thread alone.
 // While a goroutine is locked to it, the runtime makes no threads from it that
 // would have the same.
-func (c Config) privileged(f func() error) error {
+func (c Config) withCaps(f func() error) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Start starts a server: cmd.Start, in new namespaces, with the keeper's whole
+// Start starts a server: cmd.Start, in new namespaces, with the supervisor's whole
 // privileges. The server finds its export behind the files that cmd has
 // already. dir is the exported directory.
 //
@@ -20,7 +20,7 @@ import (
 // descriptor: the copy is made here, and is nowhere until the server puts it
 // in its place.
 func (c Config) Start(cmd *exec.Cmd, dir *os.File) error {
-	return c.privileged(func() error {
+	return c.withCaps(func() error {
 		export := dir
 		if c.Sandbox == SandboxNamespace {
 			tree, err := unix.OpenTree(int(dir.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)

@@ -1,18 +1,18 @@
-// Package confine takes away from the two processes that outlive the start
+// Package sandbox takes away from the two processes that outlive the start
 // whatever they don't need, for good. The server, which reads what guests
 // send, ends up with the export as its root directory and nothing else
 // mounted, in namespaces of its own, with seven capabilities and a list of
-// system calls; the keeper with what it takes to start servers like that.
+// system calls; the supervisor with what it takes to start servers like that.
 //
 //	sandbox.go      how strictly; the server's way in, step by step
-//	root.go         the export becomes the root: pivot_root in own namespaces, or chroot
+//	mounts.go       the export becomes the root: pivot_root in own namespaces, or chroot
 //	caps.go         capabilities of both processes, on all threads
 //	seccomp.go      the filters of system calls, and who is told of a violation
 //	syscalls.go     the lists
 //	limits.go       descriptors
-//	rootless.go     a user namespace, for a helper that is not started as root
+//	userns.go       a user namespace, for a helper that is not started as root
 //
-// The keeper calls Keep, once, then Start for each server and Supervise with
+// The supervisor calls Keep, once, then Start for each server and Supervise with
 // what that server hands out; the server calls Enter, before it does anything
 // else.
 package sandbox
@@ -64,7 +64,7 @@ type Inside struct {
 	// to it: a directory without a parent, that holds nothing but the
 	// descriptors that the process has anyway.
 	FDs int
-	// Violations is for the keeper, see Config.Supervise; nil without a filter.
+	// Violations is for the supervisor, see Config.Supervise; nil without a filter.
 	Violations *os.File
 }
 
@@ -80,21 +80,21 @@ func (c Config) Enter(export int, log *slog.Logger) (*Inside, error) {
 	if c.Sandbox == SandboxNone {
 		err = changeRoot(export)
 	} else {
-		err = c.shut(export)
+		err = c.enterSandbox(export)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("confine: %w", err)
+		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 	if in.Violations, err = c.filterServer(); err != nil {
-		return nil, fmt.Errorf("confine: %w", err)
+		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 	return in, nil
 }
 
-// shut changes the root and drops privileges. To do the latter on all threads,
+// enterSandbox changes the root and drops privileges. To do the latter on all threads,
 // the thread that does it needs a /proc where it finds them, when the others
 // have lost theirs: it gets a view of its own, and ends.
-func (c Config) shut(export int) error {
+func (c Config) enterSandbox(export int) error {
 	change, view := changeRoot, ownRoot
 	if c.Sandbox == SandboxNamespace {
 		// From here on nothing that is mounted or unmounted reaches the host.
@@ -112,7 +112,7 @@ func (c Config) shut(export int) error {
 		if err := <-done; err != nil {
 			return err
 		}
-		return drop(kept, kept, nil)
+		return drop(serverCaps, serverCaps, nil)
 	})
 }
 

@@ -73,11 +73,11 @@ func listen(t *testing.T, dir string, options ...string) (*helpertest.Process, s
 
 // Every thread of both processes, in every mode.
 func TestThreads(t *testing.T) {
-	for mode, keeper := range map[string]uint64{"namespace": namespace, "chroot": chroot} {
+	for mode, supervisor := range map[string]uint64{"namespace": namespace, "chroot": chroot} {
 		t.Run(mode, func(t *testing.T) {
 			p, _ := listen(t, export(t), "--sandbox="+mode)
 			for pid, want := range map[int]capSets{
-				p.PID:      {CapPrm: keeper, CapEff: names, CapBnd: keeper},
+				p.PID:      {CapPrm: supervisor, CapEff: names, CapBnd: supervisor},
 				p.Server(): {CapPrm: seven, CapEff: seven},
 			} {
 				for _, st := range helpertest.Threads(t, pid) {
@@ -153,7 +153,7 @@ func TestNamespaces(t *testing.T) {
 	p, name := listen(t, dir)
 	server := p.Server()
 	if got := own(t, p.PID); got != nil {
-		t.Errorf("the keeper has %v of its own", got)
+		t.Errorf("the supervisor has %v of its own", got)
 	}
 	if got := own(t, server); !slices.Equal(got, namespaces) {
 		t.Errorf("the server has only %v of its own", got)

@@ -18,10 +18,10 @@ type Seccomp string
 
 const (
 	// SeccompKill: in the server, it is not made, and Supervise tells of it, so
-	// that the server is killed. In the keeper it is not made: ENOSYS.
+	// that the server is killed. In the supervisor it is not made: ENOSYS.
 	SeccompKill Seccomp = "kill"
 	// SeccompLog: it is made. Supervise tells of the server's, the kernel's
-	// audit log of the keeper's.
+	// audit log of the supervisor's.
 	SeccompLog Seccomp = "log"
 	// SeccompNone: there is no list.
 	SeccompNone Seccomp = "none"
@@ -34,7 +34,7 @@ func (s Seccomp) Valid() bool {
 
 // unlisted marks the default action in a program until it is known. As a
 // verdict it means ENOSYS where no tracer is, and gives way to a notification:
-// a server is under its keeper's filter as well as its own, and the kernel
+// a server is under its supervisor's filter as well as its own, and the kernel
 // takes the verdict that comes first in seccomp(2)'s order.
 const unlisted = seccomp.ActionTrace
 
@@ -53,9 +53,9 @@ func (c Config) filterServer() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "violations"), nil
 }
 
-// filterKeeper puts all threads, and the servers that they start, under the
-// keeper's list.
-func (c Config) filterKeeper() error {
+// filterSupervisor puts all threads, and the servers that they start, under the
+// supervisor's list.
+func (c Config) filterSupervisor() error {
 	verdict := uint32(unlisted)
 	switch c.Seccomp {
 	case SeccompNone:
@@ -63,7 +63,7 @@ func (c Config) filterKeeper() error {
 	case SeccompLog:
 		verdict = unix.SECCOMP_RET_LOG
 	}
-	_, err := filter(keeperCalls(), verdict, 0)
+	_, err := filter(supervisorCalls(), verdict, 0)
 	return err
 }
 

@@ -20,7 +20,7 @@ var runtimeCalls = []string{
 	"read", "write", "fcntl", "fstat",
 }
 
-// serviceCalls are a connection's: the control to the keeper, frames, answers.
+// serviceCalls are a connection's: the control to the supervisor, frames, answers.
 var serviceCalls = []string{"recvmmsg", "recvmsg", "sendmmsg", "sendmsg", "shutdown"}
 
 // fileCalls are what requests do (package ops), and as whom.
@@ -67,8 +67,8 @@ func serverCalls() []seccomp.SyscallGroup {
 	})
 }
 
-// keeperCalls is what the keeper may do, and no server more than that.
-func keeperCalls() []seccomp.SyscallGroup {
+// supervisorCalls is what the supervisor may do, and no server more than that.
+func supervisorCalls() []seccomp.SyscallGroup {
 	return list([][]string{runtimeCalls, serviceCalls, fileCalls, startCalls}, nil)
 }
 

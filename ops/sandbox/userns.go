@@ -71,7 +71,7 @@ func RunRootless(cmd *exec.Cmd, tell func(fd int), log *slog.Logger) (status int
 	if err = cmd.Wait(); cmd.ProcessState.Exited() {
 		return cmd.ProcessState.ExitCode(), nil
 	}
-	return 0, fmt.Errorf("the keeper died: %w", err)
+	return 0, fmt.Errorf("the supervisor died: %w", err)
 }
 
 // AwaitIDs waits until this process, started by RunRootless, is root.

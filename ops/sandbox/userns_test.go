@@ -71,7 +71,7 @@ func startRootless(t *testing.T, ranges string, options ...string) *rootless {
 
 func (r *rootless) pidfile() string { return r.name + ".pid" }
 
-func (r *rootless) keeper(t *testing.T) int {
+func (r *rootless) supervisor(t *testing.T) int {
 	t.Helper()
 	b, err := os.ReadFile(r.pidfile())
 	if err != nil {
@@ -86,9 +86,9 @@ func (r *rootless) keeper(t *testing.T) int {
 
 func (r *rootless) server(t *testing.T) (pid int) {
 	t.Helper()
-	keeper := r.keeper(t)
-	helpertest.Eventually(t, "the keeper has a server", func() bool {
-		pids := helpertest.Children(keeper)
+	supervisor := r.supervisor(t)
+	helpertest.Eventually(t, "the supervisor has a server", func() bool {
+		pids := helpertest.Children(supervisor)
 		if len(pids) == 1 {
 			pid = pids[0]
 		}
@@ -229,8 +229,8 @@ func TestRootlessThreads(t *testing.T) {
 		r := startRootless(t, ranges)
 		makeAll(t, helpertest.Dial(t, r.name), 0, 0)
 		for pid, want := range map[int]capSets{
-			r.keeper(t): {CapPrm: namespace, CapEff: names, CapBnd: namespace},
-			r.server(t): {CapPrm: seven, CapEff: seven},
+			r.supervisor(t): {CapPrm: namespace, CapEff: names, CapBnd: namespace},
+			r.server(t):     {CapPrm: seven, CapEff: seven},
 		} {
 			for _, st := range helpertest.Threads(t, pid) {
 				if got := threadCaps(t, st); got != want {
@@ -246,7 +246,7 @@ func TestRootlessThreads(t *testing.T) {
 			t.Errorf("the server has mounts at %v", points)
 		}
 		// Whatever the sets are called, none is one of the host's.
-		for _, pid := range []int{r.keeper(t), r.server(t)} {
+		for _, pid := range []int{r.supervisor(t), r.server(t)} {
 			mine, _ := os.Readlink("/proc/self/ns/user")
 			if its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", pid)); err != nil || its == mine {
 				t.Errorf("%d is in the host's user namespace: %v", pid, err)
@@ -274,7 +274,7 @@ func TestRootlessLife(t *testing.T) {
 		}
 	}
 	next(syscall.SIGKILL, r.server(t), r.server(t))
-	next(syscall.SIGHUP, r.keeper(t), r.server(t))
+	next(syscall.SIGHUP, r.supervisor(t), r.server(t))
 	next(syscall.SIGHUP, r.PID, r.server(t)) // what someone has started itself passes it on
 	makeAll(t, a, 1000, 0)
 	r.Signal(syscall.SIGTERM)
@@ -290,21 +290,21 @@ func TestRootlessLife(t *testing.T) {
 func TestRootlessKilled(t *testing.T) {
 	t.Parallel()
 	r := startRootless(t, withRange)
-	keeper, server := r.keeper(t), r.server(t)
+	supervisor, server := r.supervisor(t), r.server(t)
 	r.Signal(syscall.SIGKILL)
 	r.Wait()
 	helpertest.Eventually(t, "all have ended", func() bool {
-		return syscall.Kill(keeper, 0) != nil && syscall.Kill(server, 0) != nil
+		return syscall.Kill(supervisor, 0) != nil && syscall.Kill(server, 0) != nil
 	})
 	if _, err := os.Lstat(r.name); err == nil {
 		t.Error("the name stands")
 	}
 	r = startRootless(t, withRange)
-	if err := syscall.Kill(r.keeper(t), syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(r.supervisor(t), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	if status := r.Wait(); status != 1 || !r.Logged("killed") {
-		t.Errorf("the keeper is killed: status %d, %q", status, r.Output())
+		t.Errorf("the supervisor is killed: status %d, %q", status, r.Output())
 	}
 }
 
@@ -336,9 +336,9 @@ func TestRootlessDaemon(t *testing.T) {
 	if status, out := helpertest.Run(t, cmd); status != 0 || out != "" {
 		t.Fatalf("status %d, %q", status, out)
 	}
-	keeper := r.keeper(t)
-	defer syscall.Kill(keeper, syscall.SIGTERM)
-	if session, _ := helpertest.Session(t, keeper); session != keeper {
+	supervisor := r.supervisor(t)
+	defer syscall.Kill(supervisor, syscall.SIGTERM)
+	if session, _ := helpertest.Session(t, supervisor); session != supervisor {
 		t.Errorf("the daemon is in session %d", session)
 	}
 	if got := owner(t, r.name); got != [2]uint32{someone, someRange + 999} {
@@ -346,7 +346,7 @@ func TestRootlessDaemon(t *testing.T) {
 	}
 	c := helpertest.Dial(t, r.name)
 	makeAll(t, c, 1000, 0)
-	syscall.Kill(keeper, syscall.SIGTERM)
+	syscall.Kill(supervisor, syscall.SIGTERM)
 	c.WantEOF()
 	helpertest.Eventually(t, "names and pidfile go", func() bool {
 		entries, _ := os.ReadDir(filepath.Dir(dir))

@@ -1,8 +1,8 @@
-// Package journal keeps what a connection has in work in memory that outlives
+// Package inflight keeps what a connection has in work in memory that outlives
 // the server: when a server dies, by kill -9 at any instruction, the next one
 // finds every byte that the client has sent and knows whether it was answered.
 //
-// The memory is a memfd that the keeper makes and every server maps. It has a
+// The memory is a memfd that the supervisor makes and every server maps. It has a
 // slot for each connection: a page of records and the inbox, where the socket's
 // bytes are received to.
 //
@@ -19,7 +19,7 @@
 //
 // # Trust
 //
-// The keeper makes and clears slots, and reads nothing of them. A server
+// The supervisor makes and clears slots, and reads nothing of them. A server
 // believes what it finds only after [Slot.Recover] has checked it.
 package inflight
 
@@ -74,11 +74,11 @@ func Clear(f *os.File, slot uint32) error {
 	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(slot)*slotSize, slotSize)
 }
 
-// Journal is the memory as a server sees it.
-type Journal struct{ mem []byte }
+// Memory is the memory as a server sees it.
+type Memory struct{ mem []byte }
 
 // Map maps the memory that Create has made, for the life of the process.
-func Map(f *os.File) (*Journal, error) {
+func Map(f *os.File) (*Memory, error) {
 	st, err := f.Stat()
 	if err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
@@ -87,11 +87,11 @@ func Map(f *os.File) (*Journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("journal: mmap: %w", err)
 	}
-	return &Journal{mem}, nil
+	return &Memory{mem}, nil
 }
 
 // Slot returns a slot; nil if there is none of that number.
-func (j *Journal) Slot(n uint32) *Slot {
+func (j *Memory) Slot(n uint32) *Slot {
 	if uint64(n) >= uint64(len(j.mem)/slotSize) {
 		return nil
 	}
@@ -161,7 +161,7 @@ func (c *counter) set(n uint32) {
 	atomic.StoreUint64((*uint64)(unsafe.Pointer(c)), *(*uint64)(unsafe.Pointer(&v)))
 }
 
-// Slot is one connection's part of the journal. It is used by one thread at a
+// Slot is one connection's part of the in-flight memory. It is used by one thread at a
 // time, in this order: Receive, Frame, Begin, Send, Done.
 type Slot struct {
 	mem   []byte
@@ -326,7 +326,7 @@ type Work struct {
 	Sent    int // of the answer
 }
 
-var errDamaged = errors.New("the journal of the connection is damaged")
+var errDamaged = errors.New("the in-flight memory of the connection is damaged")
 
 // Recover returns what the last server had in work when it died, if anything:
 // begun, and not wholly answered. It is to be answered, and Done.

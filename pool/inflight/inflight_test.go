@@ -270,7 +270,7 @@ func TestMemory(t *testing.T) {
 	s.Begin()
 	s.Done(len(long) - codec.HeaderSize)
 	if n := used(); n < 60000 {
-		t.Errorf("a long frame takes %d bytes: not in the journal?", n)
+		t.Errorf("a long frame takes %d bytes: not in the in-flight memory?", n)
 	}
 	write(t, client, lstat("/\x00"))
 	receive(t, s, fd, len(lstat("/\x00"))) // which begins in front again
@@ -286,6 +286,6 @@ func TestMemory(t *testing.T) {
 		t.Errorf("a cleared slot takes %d bytes", n)
 	}
 	if err := unix.Ftruncate(int(file.Fd()), 0); err == nil {
-		t.Error("a server can shrink the journal under others")
+		t.Error("a server can shrink the in-flight memory under others")
 	}
 }

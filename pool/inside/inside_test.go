@@ -29,11 +29,11 @@ const patience = 60 * time.Second
 // slots is how many connections a test may have at once.
 const slots = 64
 
-// host is what servers of one process share, as the keeper would keep it.
+// host is what servers of one process share, as the supervisor would keep it.
 var host = sync.OnceValue(func() (h struct {
 	fs      *ops.FS
-	file    *os.File // of the journal
-	journal *inflight.Journal
+	file    *os.File // of the in-flight memory
+	journal *inflight.Memory
 	threads *os.File // /proc/self/task
 }) {
 	check := func(err error) {
@@ -64,7 +64,7 @@ var host = sync.OnceValue(func() (h struct {
 
 var quiet = slog.New(slog.DiscardHandler)
 
-// server is one with what the keeper knows of its connections.
+// server is one with what the supervisor knows of its connections.
 type server struct {
 	*pool.Server
 	mu    sync.Mutex
@@ -164,7 +164,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 	ours, theirs := socketPair(t)
 	defer unix.Close(ours)
 	s := newServer(t)
-	keeps, err := unix.FcntlInt(uintptr(theirs), unix.F_DUPFD_CLOEXEC, 0) // as the keeper does
+	keeps, err := unix.FcntlInt(uintptr(theirs), unix.F_DUPFD_CLOEXEC, 0) // as the supervisor does
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,25 +32,25 @@ func (s *server) end(how kind) {
 }
 
 // startServer starts a server and waits until it can serve.
-func (k *keeper) startServer(program *os.File) (*server, error) {
-	cmd := k.Server(fmt.Sprintf("/proc/self/fd/%d", programFD))
+func (sv *supervisor) startServer(program *os.File) (*server, error) {
+	cmd := sv.Server(fmt.Sprintf("/proc/self/fd/%d", programFD))
 	control, theirs, err := newControl()
 	if err != nil {
 		return nil, err
 	}
 	defer theirs.Close()
-	cmd.ExtraFiles = []*os.File{theirs, k.journal, program} // ControlFD and so on
-	cmd.Stdout = k.Output()
+	cmd.ExtraFiles = []*os.File{theirs, sv.inflight, program} // ControlFD and so on
+	cmd.Stdout = sv.Output()
 	cmd.Stderr = cmd.Stdout
-	// A ^C at the terminal is the keeper's alone.
+	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := k.Confine.Start(cmd, k.Export); err != nil {
+	if err := sv.Sandbox.Start(cmd, sv.Export); err != nil {
 		control.Close()
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	theirs.Close()
 	supervise := func(violations *os.File) {
-		go k.Confine.Supervise(violations, func(call string) { k.violated(cmd.Process, call) })
+		go sv.Sandbox.Supervise(violations, func(call string) { sv.onViolation(cmd.Process, call) })
 	}
 	// One that hangs would keep all others from being started.
 	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
@@ -69,20 +69,20 @@ func (k *keeper) startServer(program *os.File) (*server, error) {
 	return &server{cmd: cmd, control: control, began: time.Now()}, nil
 }
 
-// violated acts on a system call that a server has no use for.
-func (k *keeper) violated(server *os.Process, call string) {
-	if k.Confine.Seccomp == sandbox.SeccompLog {
-		k.Log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
+// onViolation acts on a system call that a server has no use for.
+func (sv *supervisor) onViolation(server *os.Process, call string) {
+	if sv.Sandbox.Seccomp == sandbox.SeccompLog {
+		sv.Log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
 		return
 	}
-	k.Log.Error("killing the server: it tries a system call that it has no use for", "call", call, "pid", server.Pid)
+	sv.Log.Error("killing the server: it tries a system call that it has no use for", "call", call, "pid", server.Pid)
 	server.Kill()
 }
 
 // watch passes on what a server says and, after its last word, that it has
 // ended. No thread of it runs any more then: at most one is left that a file
 // system holds in a request, and that dies when it is let go.
-func (k *keeper) watch(s *server) {
+func (sv *supervisor) watch(s *server) {
 	reaped := make(chan error, 1)
 	go func() {
 		if s.awaitDeath() {
@@ -95,15 +95,15 @@ func (k *keeper) watch(s *server) {
 			if err != nil {
 				break
 			}
-			k.events <- told{s, m}
+			sv.events <- childMessage{s, m}
 		}
 		go func() { reaped <- s.cmd.Wait() }()
 		select {
 		case err := <-reaped:
-			k.events <- ended{s, err}
+			sv.events <- ended{s, err}
 		case <-time.After(dyingTime):
 			s.cmd.Process.Kill() // for one that has only closed its control
-			k.events <- ended{s, errHeld}
+			sv.events <- ended{s, errHeld}
 		}
 	}()
 }

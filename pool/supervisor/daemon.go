@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Descriptors that a detached keeper finds open.
+// Descriptors that a detached supervisor finds open.
 const (
 	reportFD = 3 // the pipe to whoever started it
 	ConnFD   = 4 // the connection, if it is given one
@@ -50,7 +50,7 @@ func Detach(cmd *exec.Cmd, conn *os.File) error {
 	return fmt.Errorf("the daemon died at its start: %v", cmd.Wait())
 }
 
-// Report is a detached keeper's word to whoever started it, given once.
+// Report is a detached supervisor's word to whoever started it, given once.
 type Report struct{ pipe *os.File }
 
 // NewReport returns the report of a process that Detach started.

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Control is one end of the socket pair (SOCK_SEQPACKET) between the keeper
+// Control is one end of the socket pair (SOCK_SEQPACKET) between the supervisor
 // and a server. Each message is its kind and what follows.
 type Control struct{ file *os.File }
 
@@ -23,7 +23,7 @@ const (
 	msgHandOver kind = 'h' // give all connections back and leave
 )
 
-// To the keeper.
+// To the supervisor.
 const (
 	msgFilter   kind = 'f' // its violations, by descriptor, are to be supervised
 	msgReady    kind = 'r' // connections are taken
@@ -55,7 +55,7 @@ func newControl() (ours *Control, theirs *os.File, err error) {
 // ServerControl returns the server's end, in the server.
 func ServerControl() *Control { return &Control{inherited(ControlFD, "control")} }
 
-// ServerJournal returns the journal, in the server.
+// ServerJournal returns the in-flight memory, in the server.
 func ServerJournal() *os.File {
 	unix.Close(programFD)
 	return inherited(JournalFD, "journal")
@@ -145,21 +145,21 @@ func (c *Control) recv() (message, error) {
 	}
 }
 
-// SendReady tells the keeper that the server takes connections.
+// SendReady tells the supervisor that the server takes connections.
 func (c *Control) SendReady() error { return c.send(msgReady, nil, nil, 0) }
 
-// SendFilter lets the keeper supervise the server.
+// SendFilter lets the supervisor supervise the server.
 func (c *Control) SendFilter(violations *os.File) error {
 	return c.send(msgFilter, nil, unix.UnixRights(int(violations.Fd())), 0)
 }
 
-// SendError tells the keeper why the server can't start.
+// SendError tells the supervisor why the server can't start.
 func (c *Control) SendError(err error) error {
 	text := err.Error()
 	return c.send(msgError, []byte(text[:min(len(text), maxMessage-1)]), nil, 0)
 }
 
-// SendGone tells the keeper that the server has closed a connection: it has
+// SendGone tells the supervisor that the server has closed a connection: it has
 // ended, or another server is to go on with it.
 func (c *Control) SendGone(id uint32, ended bool) error {
 	if ended {
@@ -186,7 +186,7 @@ func (c *Control) awaitReady(supervise func(violations *os.File)) error {
 }
 
 // Serve is the server's side: it hands each connection to add, until the
-// keeper asks for the end (nil), in one way or the other, or is gone (io.EOF).
+// supervisor asks for the end (nil), in one way or the other, or is gone (io.EOF).
 func (c *Control) Serve(add func(fd int, id uint32)) (handOver bool, err error) {
 	for {
 		m, err := c.recv()

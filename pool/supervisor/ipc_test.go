@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The keeper closes its end when a server has ended, while another goroutine
+// The supervisor closes its end when a server has ended, while another goroutine
 // may still be telling that server to leave: the message must go nowhere, not
 // to a descriptor that has got the same number.
 func TestSendWhileClosed(t *testing.T) {

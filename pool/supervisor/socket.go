@@ -72,7 +72,7 @@ func (n *Name) claim(uid, gid int) error {
 		return fmt.Errorf("%s: lock the directory: %w", filepath.Dir(n.path), err)
 	}
 	defer unlock()
-	// The private name stands as long as its keeper lives, so it is asked
+	// The private name stands as long as its supervisor lives, so it is asked
 	// first: the public one may be missing just now.
 	for _, name := range []string{n.private, n.base} {
 		if err := n.clear(name); err != nil {

@@ -1,15 +1,15 @@
-// Package keeper is the process outside the export. It owns the socket's name
+// Package supervisor is the process outside the export. It owns the socket's name
 // and accepts connections; each goes to the server, the confined process that
-// serves requests. The keeper reads nothing that a guest sends.
+// serves requests. The supervisor reads nothing that a guest sends.
 //
-// It has a descriptor of every connection, too, and the journal of what they
+// It has a descriptor of every connection, too, and the in-flight memory of what they
 // have in work. So a server may die, or be replaced by a newer binary, and the
 // next one goes on with all connections: QEMU itself never reconnects.
 //
-//	supervisor.go  the keeper's life: connections and servers come and go
-//	child.go     a server as the keeper sees it: started, watched, ended
+//	supervisor.go  the supervisor's life: connections and servers come and go
+//	child.go     a server as the supervisor sees it: started, watched, ended
 //	socket.go     the socket's name: claimed, put back, given up
-//	ipc.go       the socket pair between keeper and server
+//	ipc.go       the socket pair between supervisor and server
 //	daemon.go    detached from the caller, who is told how the start went
 package supervisor
 
@@ -48,10 +48,10 @@ const (
 // for.
 const noRoomPause = 100 * time.Millisecond
 
-// Config is what a keeper is to do.
+// Config is what a supervisor is to do.
 type Config struct {
 	Export         *os.File // the directory, O_PATH: each server gets the same one
-	Confine        sandbox.Config
+	Sandbox        sandbox.Config
 	Socket         string   // name to accept connections on, owned by
 	UID, GID       int      // or
 	Conn           *os.File // the only connection
@@ -66,30 +66,30 @@ type Config struct {
 	Ready   func() error // called when connections are taken
 }
 
-// keeper is a Config that runs. All is done on one goroutine (loop); others
+// supervisor is a Config that runs. All is done on one goroutine (loop); others
 // only wait for something and tell it.
-type keeper struct {
+type supervisor struct {
 	Config
-	name    *Name
-	journal *os.File
-	events  chan any // accepted, told, ended or started
+	name     *Name
+	inflight *os.File
+	events   chan any // accepted, childMessage, ended or started
 
-	conns   map[uint32]*conn
-	free    []uint32      // numbers
-	room    chan struct{} // a place for each connection that may come
-	servers map[*server]bool
-	program *os.File // that servers are started from
-	current *server  // takes connections; nil while there is none
-	turning bool     // a server is being started
-	renew   bool     // SIGHUP has come meanwhile
-	pause   time.Duration
+	conns    map[uint32]*conn
+	free     []uint32      // numbers
+	room     chan struct{} // a place for each connection that may come
+	servers  map[*server]bool
+	program  *os.File // that servers are started from
+	current  *server  // takes connections; nil while there is none
+	starting bool     // a server is being started
+	renew    bool     // SIGHUP has come meanwhile
+	pause    time.Duration
 
 	stopping bool
 	stopped  error // what went wrong with that
 	once     bool  // leave when no connection is left: there was one
 }
 
-// conn is a connection. Its number is its slot in the journal.
+// conn is a connection. Its number is its slot in the in-flight memory.
 type conn struct {
 	fd     int
 	server *server // that serves it; nil while none does
@@ -97,8 +97,8 @@ type conn struct {
 
 // Events.
 type (
-	accepted struct{ fd int }
-	told     struct {
+	accepted     struct{ fd int }
+	childMessage struct {
 		server *server
 		message
 	}
@@ -121,7 +121,7 @@ func (c *Config) Run() error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 
-	k := &keeper{
+	sv := &supervisor{
 		Config:  *c,
 		events:  make(chan any),
 		conns:   make(map[uint32]*conn),
@@ -129,17 +129,17 @@ func (c *Config) Run() error {
 		servers: make(map[*server]bool),
 	}
 	for id := range uint32(c.MaxConnections) {
-		k.free = append(k.free, uint32(c.MaxConnections)-1-id)
+		sv.free = append(sv.free, uint32(c.MaxConnections)-1-id)
 	}
 	var err error
-	if k.journal, err = inflight.Create(c.MaxConnections); err != nil {
+	if sv.inflight, err = inflight.Create(c.MaxConnections); err != nil {
 		return err
 	}
 	if c.Socket != "" {
-		if k.name, err = Claim(c.Socket, c.UID, c.GID); err != nil {
+		if sv.name, err = Claim(c.Socket, c.UID, c.GID); err != nil {
 			return err
 		}
-		defer k.name.Release()
+		defer sv.name.Release()
 	}
 	if c.PIDFile != "" {
 		if err := writePIDFile(c.PIDFile); err != nil {
@@ -147,260 +147,260 @@ func (c *Config) Run() error {
 		}
 		defer os.Remove(c.PIDFile)
 	}
-	if k.program, err = openProgram("/proc/self/exe"); err != nil {
+	if sv.program, err = openProgram("/proc/self/exe"); err != nil {
 		return err
 	}
-	if err := c.Confine.Keep(); err != nil {
+	if err := c.Sandbox.DropSupervisorPrivileges(); err != nil {
 		return err
 	}
-	if k.current, err = k.startServer(k.program); err != nil {
+	if sv.current, err = sv.startServer(sv.program); err != nil {
 		return err
 	}
-	k.servers[k.current] = true
-	defer k.killServers() // whatever the reason, none is left
-	if k.name != nil {
-		if err := k.name.Publish(c.Log); err != nil {
+	sv.servers[sv.current] = true
+	defer sv.killServers() // whatever the reason, none is left
+	if sv.name != nil {
+		if err := sv.name.Publish(c.Log); err != nil {
 			return err
 		}
-		go k.accept()
+		go sv.accept()
 	} else {
-		k.room <- struct{}{}
+		sv.room <- struct{}{}
 		fd, err := unix.FcntlInt(c.Conn.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
 		c.Conn.Close()
-		k.add(fd)
+		sv.add(fd)
 	}
 	if err := c.Ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
 	}
-	return k.loop(signals)
+	return sv.loop(signals)
 }
 
-func (k *keeper) loop(signals <-chan os.Signal) error {
-	k.watch(k.current)
+func (sv *supervisor) loop(signals <-chan os.Signal) error {
+	sv.watch(sv.current)
 	var patience <-chan time.Time
 	for {
 		select {
 		case sig := <-signals:
 			switch {
-			case k.stopping: // timeout(1) says it twice
+			case sv.stopping: // timeout(1) says it twice
 			case sig == unix.SIGHUP:
-				k.Log.Info("renewing: all connections go to a server from the program that is on disk now")
-				k.renew = true
-				k.start(0)
+				sv.Log.Info("renewing: all connections go to a server from the program that is on disk now")
+				sv.renew = true
+				sv.start(0)
 			default:
-				k.Log.Info("stopping: requests in work are answered", "signal", sig.String())
-				k.stop()
+				sv.Log.Info("stopping: requests in work are answered", "signal", sig.String())
+				sv.stop()
 				patience = time.After(StopTime + time.Second)
 			}
 		case <-patience:
 			return errors.New("stopped with requests in work")
-		case event := <-k.events:
-			k.handle(event)
+		case event := <-sv.events:
+			sv.handle(event)
 		}
-		if k.Once && k.once && len(k.conns) == 0 && !k.stopping {
-			k.Log.Info("stopping: the last client has left")
-			k.stop()
+		if sv.Once && sv.once && len(sv.conns) == 0 && !sv.stopping {
+			sv.Log.Info("stopping: the last client has left")
+			sv.stop()
 			patience = time.After(StopTime + time.Second)
 		}
-		if k.stopping && len(k.servers) == 0 && !k.turning {
-			return k.stopped
+		if sv.stopping && len(sv.servers) == 0 && !sv.starting {
+			return sv.stopped
 		}
 	}
 }
 
-func (k *keeper) handle(event any) {
+func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
-		k.add(e.fd)
-	case told:
-		k.hear(e.server, e.message)
+		sv.add(e.fd)
+	case childMessage:
+		sv.onChildMessage(e.server, e.message)
 	case ended:
-		k.serverEnded(e.server, e.err)
+		sv.serverEnded(e.server, e.err)
 	case started:
-		k.serverStarted(e)
+		sv.serverStarted(e)
 	case retry:
-		if c := k.conns[e.id]; c != nil && c.server == nil {
-			k.give(e.id, c)
+		if c := sv.conns[e.id]; c != nil && c.server == nil {
+			sv.assign(e.id, c)
 		}
 	}
 }
 
 // add takes a connection that room has been made for.
-func (k *keeper) add(fd int) {
-	id := k.free[len(k.free)-1]
-	if err := inflight.Clear(k.journal, id); err != nil {
-		k.Log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
+func (sv *supervisor) add(fd int) {
+	id := sv.free[len(sv.free)-1]
+	if err := inflight.Clear(sv.inflight, id); err != nil {
+		sv.Log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
 		unix.Close(fd)
-		<-k.room
+		<-sv.room
 		return
 	}
-	k.free = k.free[:len(k.free)-1]
-	k.once = true
+	sv.free = sv.free[:len(sv.free)-1]
+	sv.once = true
 	c := &conn{fd: fd}
-	k.conns[id] = c
-	k.Log.Info("client connected", "connection", id)
-	k.give(id, c)
+	sv.conns[id] = c
+	sv.Log.Info("client connected", "connection", id)
+	sv.assign(id, c)
 }
 
 // give gives a connection to the current server, if there is one: else the
 // next one gets it.
-func (k *keeper) give(id uint32, c *conn) {
-	c.server = k.current
+func (sv *supervisor) assign(id uint32, c *conn) {
+	c.server = sv.current
 	if c.server == nil {
 		return
 	}
 	// A server that is gone is noticed in time. The loop waits for none.
 	err := c.server.control.sendConn(msgConn, id, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
-		k.Log.Warn("connection not yet served", "connection", id, "error", err)
-		k.giveLater(id, c)
+		sv.Log.Warn("connection not yet served", "connection", id, "error", err)
+		sv.retryAssign(id, c)
 	}
 }
 
-func (k *keeper) giveLater(id uint32, c *conn) {
+func (sv *supervisor) retryAssign(id uint32, c *conn) {
 	c.server = nil
-	time.AfterFunc(noRoomPause, func() { k.events <- retry{id} })
+	time.AfterFunc(noRoomPause, func() { sv.events <- retry{id} })
 }
 
 // hear acts on what a server says of its connections, and on nothing else: it
 // may be in a guest's hands.
-func (k *keeper) hear(s *server, m message) {
+func (sv *supervisor) onChildMessage(s *server, m message) {
 	id, ok := m.conn()
-	c := k.conns[id]
+	c := sv.conns[id]
 	if !ok || c == nil || c.server != s {
-		k.Log.Error("killing the server: it speaks of a connection that it has not", "pid", s.pid())
+		sv.Log.Error("killing the server: it speaks of a connection that it has not", "pid", s.pid())
 		s.cmd.Process.Kill()
 		return
 	}
 	switch m.kind {
 	case msgEnded:
-		delete(k.conns, id)
-		k.free = append(k.free, id)
+		delete(sv.conns, id)
+		sv.free = append(sv.free, id)
 		unix.Close(c.fd)
-		<-k.room
-		k.Log.Info("client left", "connection", id)
+		<-sv.room
+		sv.Log.Info("client left", "connection", id)
 	case msgReturned:
-		k.give(id, c)
+		sv.assign(id, c)
 	case msgNoRoom:
-		k.Log.Warn("the server has no descriptor left for a connection", "connection", id)
-		k.giveLater(id, c)
+		sv.Log.Warn("the server has no descriptor left for a connection", "connection", id)
+		sv.retryAssign(id, c)
 	}
 }
 
 // start starts a server after a pause, unless that is being done.
-func (k *keeper) start(pause time.Duration) {
-	if k.turning {
+func (sv *supervisor) start(pause time.Duration) {
+	if sv.starting {
 		return
 	}
-	k.turning = true
-	program, renewed := k.program, k.renew
-	k.renew = false
+	sv.starting = true
+	program, renewed := sv.program, sv.renew
+	sv.renew = false
 	time.AfterFunc(pause, func() {
 		var err error
 		if renewed {
-			program, err = openProgram(k.Program)
+			program, err = openProgram(sv.Program)
 		}
 		var s *server
 		if err == nil {
-			s, err = k.startServer(program)
+			s, err = sv.startServer(program)
 		}
-		k.events <- started{s, program, renewed, err}
+		sv.events <- started{s, program, renewed, err}
 	})
 }
 
-func (k *keeper) serverStarted(e started) {
-	k.turning = false
+func (sv *supervisor) serverStarted(e started) {
+	sv.starting = false
 	switch {
 	case e.err != nil && e.renewed:
 		if e.program != nil {
 			e.program.Close()
 		}
-		k.Log.Error("the new server does not start: the old one stays", "error", e.err)
-	case e.err != nil && k.stopping:
-		k.stopped = e.err
+		sv.Log.Error("the new server does not start: the old one stays", "error", e.err)
+	case e.err != nil && sv.stopping:
+		sv.stopped = e.err
 	case e.err != nil:
-		k.pause = min(max(2*k.pause, minPause), maxPause)
-		k.Log.Error("the server does not start: VMs wait", "error", e.err, "pause", k.pause)
+		sv.pause = min(max(2*sv.pause, minPause), maxPause)
+		sv.Log.Error("the server does not start: VMs wait", "error", e.err, "pause", sv.pause)
 	default:
 		if e.renewed {
-			k.program.Close()
-			k.program = e.program
+			sv.program.Close()
+			sv.program = e.program
 		}
-		old := k.current
-		k.current = e.server
-		k.servers[e.server] = true
-		k.watch(e.server)
-		k.Log.Info("serving again", "pid", e.server.pid(), "connections", len(k.conns))
-		for id, c := range k.conns {
+		old := sv.current
+		sv.current = e.server
+		sv.servers[e.server] = true
+		sv.watch(e.server)
+		sv.Log.Info("serving again", "pid", e.server.pid(), "connections", len(sv.conns))
+		for id, c := range sv.conns {
 			if c.server == nil {
-				k.give(id, c)
+				sv.assign(id, c)
 			}
 		}
 		if old != nil {
 			old.end(msgHandOver)
 		}
-		if k.stopping {
+		if sv.stopping {
 			e.server.end(msgStop)
 		}
 	}
-	if !k.stopping && (k.current == nil || k.renew) {
-		k.start(k.pause)
+	if !sv.stopping && (sv.current == nil || sv.renew) {
+		sv.start(sv.pause)
 	}
 }
 
 // serverEnded goes on without a server, whose last word has been heard.
-func (k *keeper) serverEnded(s *server, err error) {
-	delete(k.servers, s)
+func (sv *supervisor) serverEnded(s *server, err error) {
+	delete(sv.servers, s)
 	s.control.Close()
 	lived := time.Since(s.began)
-	if s == k.current {
-		k.current = nil
+	if s == sv.current {
+		sv.current = nil
 	}
 	lost := 0
-	for id, c := range k.conns {
+	for id, c := range sv.conns {
 		if c.server == s {
 			lost++
-			k.give(id, c)
+			sv.assign(id, c)
 		}
 	}
 	switch {
 	case s.stopped && err == nil:
 		return
-	case k.stopping:
-		k.stopped = fmt.Errorf("the server died: %w", err)
+	case sv.stopping:
+		sv.stopped = fmt.Errorf("the server died: %w", err)
 		return
 	case err == nil:
 		err = errors.New("it left without being told to")
 	}
-	if k.current != nil { // it was handing over
-		k.Log.Error("an old server died: the new one goes on", "error", err, "pid", s.pid(), "connections", lost)
+	if sv.current != nil { // it was handing over
+		sv.Log.Error("an old server died: the new one goes on", "error", err, "pid", s.pid(), "connections", lost)
 		return
 	}
-	if k.pause = min(max(2*k.pause, minPause), maxPause); lived > steady {
-		k.pause = 0
+	if sv.pause = min(max(2*sv.pause, minPause), maxPause); lived > steady {
+		sv.pause = 0
 	}
-	k.Log.Error("the server died: VMs wait for the next one", "error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond), "connections", lost, "pause", k.pause)
-	k.start(k.pause)
+	sv.Log.Error("the server died: VMs wait for the next one", "error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond), "connections", lost, "pause", sv.pause)
+	sv.start(sv.pause)
 }
 
 // stop lets the servers answer what is in work. One that is being started gets
 // its connections first.
-func (k *keeper) stop() {
-	k.stopping = true
-	if k.name != nil {
-		k.name.Release()
+func (sv *supervisor) stop() {
+	sv.stopping = true
+	if sv.name != nil {
+		sv.name.Release()
 	}
-	for s := range k.servers {
+	for s := range sv.servers {
 		s.end(msgStop)
 	}
 }
 
 // killServers ends what stop has not.
-func (k *keeper) killServers() {
-	for s := range k.servers {
+func (sv *supervisor) killServers() {
+	for s := range sv.servers {
 		s.cmd.Process.Kill()
 	}
 }
@@ -408,18 +408,18 @@ func (k *keeper) killServers() {
 // accept takes connections until the listener is shut down. Beyond
 // MaxConnections clients wait in the backlog, and so they do while there is no
 // descriptor or memory for them.
-func (k *keeper) accept() {
+func (sv *supervisor) accept() {
 	for {
 		select {
-		case k.room <- struct{}{}:
+		case sv.room <- struct{}{}:
 		default:
-			k.Log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", k.MaxConnections)
-			k.room <- struct{}{}
+			sv.Log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", sv.MaxConnections)
+			sv.room <- struct{}{}
 		}
 		for {
-			fd, _, err := unix.Accept4(k.name.Listener, unix.SOCK_CLOEXEC)
+			fd, _, err := unix.Accept4(sv.name.Listener, unix.SOCK_CLOEXEC)
 			if err == nil {
-				k.events <- accepted{fd}
+				sv.events <- accepted{fd}
 				break
 			}
 			switch err {
@@ -427,7 +427,7 @@ func (k *keeper) accept() {
 				return
 			case unix.EINTR, unix.ECONNABORTED:
 			default:
-				k.Log.Warn("can't accept a connection yet", "error", err)
+				sv.Log.Warn("can't accept a connection yet", "error", err)
 				time.Sleep(noRoomPause)
 			}
 		}
