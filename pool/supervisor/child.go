@@ -13,12 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
+	"virtfs-proxy-helper/pool/ipc"
 )
 
 // server is a server process.
 type server struct {
 	cmd     *exec.Cmd
-	control *Control
+	control *ipc.Control
 	began   time.Time
 	stopped bool // told to leave
 }
@@ -26,25 +27,25 @@ type server struct {
 func (s *server) pid() int { return s.cmd.Process.Pid }
 
 // end asks the server to leave, and does not wait until it hears.
-func (s *server) end(how kind) {
+func (s *server) end(how ipc.Kind) {
 	s.stopped = true
-	go s.control.send(how, nil, nil, 0)
+	go s.control.Send(how, nil, nil, 0)
 }
 
 // startServer starts a server and waits until it can serve.
 func (sv *supervisor) startServer(program *os.File) (*server, error) {
-	cmd := sv.Server(fmt.Sprintf("/proc/self/fd/%d", programFD))
-	control, theirs, err := newControl()
+	cmd := self(fmt.Sprintf("/proc/self/fd/%d", ipc.ProgramFD), RoleServer)
+	control, theirs, err := ipc.New()
 	if err != nil {
 		return nil, err
 	}
 	defer theirs.Close()
-	cmd.ExtraFiles = []*os.File{theirs, sv.inflight, program} // ControlFD and so on
-	cmd.Stdout = sv.Output()
+	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: sv.inflight, Program: program}.Extra()
+	cmd.Stdout = sv.output()
 	cmd.Stderr = cmd.Stdout
 	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := sv.Sandbox.Start(cmd, sv.Export); err != nil {
+	if err := sv.Sandbox.Start(cmd, sv.export); err != nil {
 		control.Close()
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
@@ -54,7 +55,7 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	}
 	// One that hangs would keep all others from being started.
 	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
-	err = control.awaitReady(supervise)
+	err = control.AwaitReady(supervise)
 	if !late.Stop() {
 		err = fmt.Errorf("the server was not ready within %v", StartTime)
 	}
@@ -72,10 +73,10 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 // onViolation acts on a system call that a server has no use for.
 func (sv *supervisor) onViolation(server *os.Process, call string) {
 	if sv.Sandbox.Seccomp == sandbox.SeccompLog {
-		sv.Log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
+		sv.log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
 		return
 	}
-	sv.Log.Error("killing the server: it tries a system call that it has no use for", "call", call, "pid", server.Pid)
+	sv.log.Error("killing the server: it tries a system call that it has no use for", "call", call, "pid", server.Pid)
 	server.Kill()
 }
 
@@ -86,12 +87,12 @@ func (sv *supervisor) watch(s *server) {
 	reaped := make(chan error, 1)
 	go func() {
 		if s.awaitDeath() {
-			s.control.shutdown() // what it has said before can still be read
+			s.control.Shutdown() // what it has said before can still be read
 		}
 	}()
 	go func() {
 		for {
-			m, err := s.control.recv()
+			m, err := s.control.Recv()
 			if err != nil {
 				break
 			}

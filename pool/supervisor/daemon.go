@@ -11,18 +11,20 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/pool/ipc"
 )
 
 // Descriptors that a detached supervisor finds open.
 const (
 	reportFD = 3 // the pipe to whoever started it
-	ConnFD   = 4 // the connection, if it is given one
+	connFD   = 4 // the connection, if it is given one
 )
 
-// Detach starts cmd as a daemon: in a session of its own, with nothing of the
+// detach starts cmd as a daemon: in a session of its own, with nothing of the
 // caller's but conn, if that is not nil. It returns when the daemon has called
-// Report.Ready, or with the error that it died of.
-func Detach(cmd *exec.Cmd, conn *os.File) error {
+// report.ready, or with the error that it died of.
+func detach(cmd *exec.Cmd, conn *os.File) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -42,39 +44,39 @@ func Detach(cmd *exec.Cmd, conn *os.File) error {
 	switch {
 	case err != nil:
 		return err
-	case bytes.HasPrefix(report, []byte{byte(msgReady)}):
+	case bytes.HasPrefix(report, []byte{byte(ipc.Ready)}):
 		return nil
-	case bytes.HasPrefix(report, []byte{byte(msgError)}):
+	case bytes.HasPrefix(report, []byte{byte(ipc.Error)}):
 		return errors.New(string(report[1:]))
 	}
 	return fmt.Errorf("the daemon died at its start: %v", cmd.Wait())
 }
 
-// Report is a detached supervisor's word to whoever started it, given once.
-type Report struct{ pipe *os.File }
+// report is a detached supervisor's word to whoever started it, given once.
+type report struct{ pipe *os.File }
 
-// NewReport returns the report of a process that Detach started.
-func NewReport() *Report {
+// newReport returns the report of a process that detach has started.
+func newReport() *report {
 	unix.CloseOnExec(reportFD)
-	return &Report{os.NewFile(reportFD, "report")}
+	return &report{os.NewFile(reportFD, "report")}
 }
 
-// Ready says that all is well.
-func (r *Report) Ready() error { return r.send([]byte{byte(msgReady)}) }
+// ready says that all is well.
+func (r *report) ready() error { return r.send([]byte{byte(ipc.Ready)}) }
 
-// Error says why the start failed.
-func (r *Report) Error(err error) error {
-	return r.send(append([]byte{byte(msgError)}, err.Error()...))
+// error says why the start failed.
+func (r *report) error(err error) error {
+	return r.send(append([]byte{byte(ipc.Error)}, err.Error()...))
 }
 
-func (r *Report) send(msg []byte) error {
+func (r *report) send(msg []byte) error {
 	_, err := r.pipe.Write(msg)
 	return errors.Join(err, r.pipe.Close())
 }
 
-// Syslog writes log lines of slog's text format to the system's log, each with
+// syslogOutput writes log lines of slog's text format to the system's log, each with
 // its own priority. Without a system log they are lost.
-func Syslog(tag string) io.Writer {
+func syslogOutput(tag string) io.Writer {
 	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, tag)
 	if err != nil {
 		return io.Discard

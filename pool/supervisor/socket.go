@@ -21,13 +21,13 @@ const maxName = 107
 // socketMode is the socket's mode: its owner and group may connect.
 const socketMode = 0o660
 
-// Name is a socket's name in the file system.
+// socketName is a socket's name in the file system.
 //
 // QEMU unlinks the name once it is connected, and the next VM must find it
 // again. So the socket is bound to a private name beside it, ".NAME", and the
 // public name is a hard link to that: put back as often as it goes, without
 // ever binding again, so that no connection is refused in between.
-type Name struct {
+type socketName struct {
 	Listener int // listening, blocking
 
 	dir           int    // the directory that both names are in
@@ -40,14 +40,14 @@ type Name struct {
 	released bool
 }
 
-// Claim binds the private name, listens, and makes sure that the public name
-// is free or what a dead process left. Nothing can connect before Publish. It
+// claimSocket binds the private name, listens, and makes sure that the public name
+// is free or what a dead process left. Nothing can connect before publish. It
 // removes dead sockets, never anything else.
-func Claim(path string, uid, gid int) (*Name, error) {
+func claimSocket(path string, uid, gid int) (*socketName, error) {
 	if len(path) > maxName {
 		return nil, fmt.Errorf("--socket: name of %d bytes is too long for a socket, at most %d: %s", len(path), maxName, path)
 	}
-	n := &Name{path: path, base: filepath.Base(path), Listener: -1}
+	n := &socketName{path: path, base: filepath.Base(path), Listener: -1}
 	if strings.HasSuffix(path, "/") || n.base == "." || n.base == ".." {
 		return nil, fmt.Errorf("--socket: %s names a directory, not a socket in one", path)
 	}
@@ -59,14 +59,14 @@ func Claim(path string, uid, gid int) (*Name, error) {
 		return nil, &os.PathError{Op: "--socket: directory", Path: filepath.Dir(path), Err: err}
 	}
 	if err := n.claim(uid, gid); err != nil {
-		n.Release()
+		n.release()
 		return nil, fmt.Errorf("--socket: %w", err)
 	}
 	return n, nil
 }
 
-// claim does Claim's work while no other process does it in this directory.
-func (n *Name) claim(uid, gid int) error {
+// claim does claimSocket's work while no other process does it in this directory.
+func (n *socketName) claim(uid, gid int) error {
 	unlock, err := lockDir(n.dir)
 	if err != nil {
 		return fmt.Errorf("%s: lock the directory: %w", filepath.Dir(n.path), err)
@@ -104,7 +104,7 @@ func (n *Name) claim(uid, gid int) error {
 
 // clear removes what a dead process left at name. It finds out with a socket
 // of the wrong type: a live owner never notices.
-func (n *Name) clear(name string) error {
+func (n *socketName) clear(name string) error {
 	var st unix.Stat_t
 	err := unix.Fstatat(n.dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	switch {
@@ -129,8 +129,8 @@ func (n *Name) clear(name string) error {
 	return nil
 }
 
-// Publish makes the public name, and makes it again whenever it goes.
-func (n *Name) Publish(log *slog.Logger) error {
+// publish makes the public name, and makes it again whenever it goes.
+func (n *socketName) publish(log *slog.Logger) error {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
 		return fmt.Errorf("inotify: %w: see /proc/sys/fs/inotify/max_user_instances", err)
@@ -146,7 +146,7 @@ func (n *Name) Publish(log *slog.Logger) error {
 	return nil
 }
 
-func (n *Name) link() error {
+func (n *socketName) link() error {
 	if err := unix.Linkat(n.dir, n.private, n.dir, n.base, 0); err != nil {
 		return &os.LinkError{Op: "link", Old: n.in(n.private), New: n.path, Err: err}
 	}
@@ -155,12 +155,12 @@ func (n *Name) link() error {
 
 // putBack links the public name again when it has been removed. Whatever else
 // somebody puts there stays.
-func (n *Name) putBack(log *slog.Logger) {
+func (n *socketName) putBack(log *slog.Logger) {
 	events := make([]byte, 64*(unix.SizeofInotifyEvent+unix.NAME_MAX+1))
 	for {
 		size, err := n.watch.Read(events)
 		if err != nil {
-			return // Release has closed it
+			return // release has closed it
 		}
 		if !n.concerned(events[:size]) {
 			continue
@@ -182,7 +182,7 @@ func (n *Name) putBack(log *slog.Logger) {
 
 // concerned tells whether the public name may have gone: it is named, or the
 // kernel could not queue all events.
-func (n *Name) concerned(events []byte) bool {
+func (n *socketName) concerned(events []byte) bool {
 	for len(events) >= unix.SizeofInotifyEvent {
 		mask := binary.NativeEndian.Uint32(events[4:])
 		end := unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(events[12:]))
@@ -195,8 +195,8 @@ func (n *Name) concerned(events []byte) bool {
 	return false
 }
 
-// Release gives the names up; connections stay.
-func (n *Name) Release() {
+// release gives the names up; connections stay.
+func (n *socketName) release() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.released {
@@ -217,16 +217,16 @@ func (n *Name) Release() {
 }
 
 // ours tells whether name is this socket.
-func (n *Name) ours(name string) bool {
+func (n *socketName) ours(name string) bool {
 	var st unix.Stat_t
 	err := unix.Fstatat(n.dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	return err == nil && st.Ino == n.ino && st.Mode&unix.S_IFMT == unix.S_IFSOCK
 }
 
-func (n *Name) in(name string) string { return filepath.Join(filepath.Dir(n.path), name) }
+func (n *socketName) in(name string) string { return filepath.Join(filepath.Dir(n.path), name) }
 
 // addr is the name's address: its path, which tools show, if that fits.
-func (n *Name) addr(name string) *unix.SockaddrUnix {
+func (n *socketName) addr(name string) *unix.SockaddrUnix {
 	path := n.in(name)
 	if len(path) > maxName {
 		path = fmt.Sprintf("/proc/self/fd/%d/%s", n.dir, name)

@@ -19,7 +19,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/exec"
 	"os/signal"
 	"time"
 
@@ -27,10 +26,8 @@ import (
 
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/ipc"
 )
-
-// StopTime is how long requests in work may take after SIGTERM.
-const StopTime = 10 * time.Second
 
 // StartTime is how long a server may take until it is ready: hundreds of times
 // what it does.
@@ -50,27 +47,36 @@ const noRoomPause = 100 * time.Millisecond
 
 // Config is what a supervisor is to do.
 type Config struct {
-	Export         *os.File // the directory, O_PATH: each server gets the same one
-	Sandbox        sandbox.Config
-	Socket         string   // name to accept connections on, owned by
-	UID, GID       int      // or
-	Conn           *os.File // the only connection
+	Path    string // exported directory
+	Sandbox sandbox.Config
+	// Socket is the name to accept connections on. It is owned by UID and GID;
+	// -1 is the user that has started a rootless helper.
+	Socket   string
+	UID, GID int
+	// FD is the number of the only connection's descriptor, without a Socket.
+	FD             int
 	MaxConnections int
-	Once           bool // leave with the last connection
+	Workers        int  // requests that a server has in the file system at once
+	Once           bool // leave with the last connection of Socket
 	PIDFile        string
+	LogLevel       slog.Level
+}
 
-	Program string                         // that runs, and that SIGHUP starts a server of
-	Server  func(program string) *exec.Cmd // starts a server
-	Output  func() io.Writer               // for what a server prints
-	Log     *slog.Logger
-	Ready   func() error // called when connections are taken
+// Supervisor's other inputs, which depend on how it was started.
+type surroundings struct {
+	conn   *os.File         // the only connection; nil with a Socket
+	output func() io.Writer // for what it logs and servers print
+	ready  func() error     // called when connections are taken
 }
 
 // supervisor is a Config that runs. All is done on one goroutine (loop); others
 // only wait for something and tell it.
 type supervisor struct {
 	Config
-	name     *Name
+	surroundings
+	export   *os.File // the directory, O_PATH: each server gets the same one
+	log      *slog.Logger
+	name     *socketName
 	inflight *os.File
 	events   chan any // accepted, childMessage, ended or started
 
@@ -100,7 +106,7 @@ type (
 	accepted     struct{ fd int }
 	childMessage struct {
 		server *server
-		message
+		ipc.Message
 	}
 	ended struct {
 		server *server
@@ -115,31 +121,55 @@ type (
 	retry struct{ id uint32 }
 )
 
-// Run keeps a server until a signal ends it, or the last connection does. An
-// error before Ready is one of starting.
-func (c *Config) Run() error {
+// run keeps a server until a signal ends it, or the last connection does, and
+// logs the error that it ends with. An error before ready is one of starting.
+func (c *Config) run(around surroundings) error {
+	log := NewLog(c.Path, c.LogLevel, around.output())
+	err := c.supervise(around, log)
+	if err != nil {
+		log.Error("the helper ends", "error", err)
+	}
+	return err
+}
+
+func (c *Config) supervise(around surroundings, log *slog.Logger) error {
+	export, err := openExport(c.Path)
+	if err != nil {
+		return err
+	}
+	uid, gid := c.UID, c.GID
+	if Rootless() && c.Socket != "" {
+		if uid, gid, err = sandbox.InsideIDs(uid, gid); err != nil {
+			return err
+		}
+	}
+	if err := sandbox.Descriptors(c.descriptors()); err != nil {
+		log.Warn("VMs may be told EMFILE", "error", err)
+	}
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 
 	sv := &supervisor{
-		Config:  *c,
-		events:  make(chan any),
-		conns:   make(map[uint32]*conn),
-		room:    make(chan struct{}, c.MaxConnections),
-		servers: make(map[*server]bool),
+		Config:       *c,
+		surroundings: around,
+		export:       export,
+		log:          log,
+		events:       make(chan any),
+		conns:        make(map[uint32]*conn),
+		room:         make(chan struct{}, c.MaxConnections),
+		servers:      make(map[*server]bool),
 	}
 	for id := range uint32(c.MaxConnections) {
 		sv.free = append(sv.free, uint32(c.MaxConnections)-1-id)
 	}
-	var err error
 	if sv.inflight, err = inflight.Create(c.MaxConnections); err != nil {
 		return err
 	}
 	if c.Socket != "" {
-		if sv.name, err = Claim(c.Socket, c.UID, c.GID); err != nil {
+		if sv.name, err = claimSocket(c.Socket, uid, gid); err != nil {
 			return err
 		}
-		defer sv.name.Release()
+		defer sv.name.release()
 	}
 	if c.PIDFile != "" {
 		if err := writePIDFile(c.PIDFile); err != nil {
@@ -159,20 +189,20 @@ func (c *Config) Run() error {
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
 	if sv.name != nil {
-		if err := sv.name.Publish(c.Log); err != nil {
+		if err := sv.name.publish(log); err != nil {
 			return err
 		}
 		go sv.accept()
 	} else {
 		sv.room <- struct{}{}
-		fd, err := unix.FcntlInt(c.Conn.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		fd, err := unix.FcntlInt(sv.conn.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
-		c.Conn.Close()
+		sv.conn.Close()
 		sv.add(fd)
 	}
-	if err := c.Ready(); err != nil {
+	if err := sv.ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
 	}
 	return sv.loop(signals)
@@ -187,23 +217,23 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 			switch {
 			case sv.stopping: // timeout(1) says it twice
 			case sig == unix.SIGHUP:
-				sv.Log.Info("renewing: all connections go to a server from the program that is on disk now")
+				sv.log.Info("renewing: all connections go to a server from the program that is on disk now")
 				sv.renew = true
 				sv.start(0)
 			default:
-				sv.Log.Info("stopping: requests in work are answered", "signal", sig.String())
+				sv.log.Info("stopping: requests in work are answered", "signal", sig.String())
 				sv.stop()
-				patience = time.After(StopTime + time.Second)
+				patience = time.After(ipc.StopTime + time.Second)
 			}
 		case <-patience:
 			return errors.New("stopped with requests in work")
 		case event := <-sv.events:
 			sv.handle(event)
 		}
-		if sv.Once && sv.once && len(sv.conns) == 0 && !sv.stopping {
-			sv.Log.Info("stopping: the last client has left")
+		if (sv.Once || sv.name == nil) && sv.once && len(sv.conns) == 0 && !sv.stopping {
+			sv.log.Info("stopping: the last client has left")
 			sv.stop()
-			patience = time.After(StopTime + time.Second)
+			patience = time.After(ipc.StopTime + time.Second)
 		}
 		if sv.stopping && len(sv.servers) == 0 && !sv.starting {
 			return sv.stopped
@@ -216,7 +246,7 @@ func (sv *supervisor) handle(event any) {
 	case accepted:
 		sv.add(e.fd)
 	case childMessage:
-		sv.onChildMessage(e.server, e.message)
+		sv.onChildMessage(e.server, e.Message)
 	case ended:
 		sv.serverEnded(e.server, e.err)
 	case started:
@@ -232,7 +262,7 @@ func (sv *supervisor) handle(event any) {
 func (sv *supervisor) add(fd int) {
 	id := sv.free[len(sv.free)-1]
 	if err := inflight.Clear(sv.inflight, id); err != nil {
-		sv.Log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
+		sv.log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
 		unix.Close(fd)
 		<-sv.room
 		return
@@ -241,7 +271,7 @@ func (sv *supervisor) add(fd int) {
 	sv.once = true
 	c := &conn{fd: fd}
 	sv.conns[id] = c
-	sv.Log.Info("client connected", "connection", id)
+	sv.log.Info("client connected", "connection", id)
 	sv.assign(id, c)
 }
 
@@ -253,9 +283,9 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 		return
 	}
 	// A server that is gone is noticed in time. The loop waits for none.
-	err := c.server.control.sendConn(msgConn, id, c.fd, unix.MSG_DONTWAIT)
+	err := c.server.control.SendConn(ipc.Conn, id, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
-		sv.Log.Warn("connection not yet served", "connection", id, "error", err)
+		sv.log.Warn("connection not yet served", "connection", id, "error", err)
 		sv.retryAssign(id, c)
 	}
 }
@@ -267,25 +297,25 @@ func (sv *supervisor) retryAssign(id uint32, c *conn) {
 
 // hear acts on what a server says of its connections, and on nothing else: it
 // may be in a guest's hands.
-func (sv *supervisor) onChildMessage(s *server, m message) {
-	id, ok := m.conn()
+func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
+	id, ok := m.Conn()
 	c := sv.conns[id]
 	if !ok || c == nil || c.server != s {
-		sv.Log.Error("killing the server: it speaks of a connection that it has not", "pid", s.pid())
+		sv.log.Error("killing the server: it speaks of a connection that it has not", "pid", s.pid())
 		s.cmd.Process.Kill()
 		return
 	}
-	switch m.kind {
-	case msgEnded:
+	switch m.Kind {
+	case ipc.Ended:
 		delete(sv.conns, id)
 		sv.free = append(sv.free, id)
 		unix.Close(c.fd)
 		<-sv.room
-		sv.Log.Info("client left", "connection", id)
-	case msgReturned:
+		sv.log.Info("client left", "connection", id)
+	case ipc.Returned:
 		sv.assign(id, c)
-	case msgNoRoom:
-		sv.Log.Warn("the server has no descriptor left for a connection", "connection", id)
+	case ipc.NoRoom:
+		sv.log.Warn("the server has no descriptor left for a connection", "connection", id)
 		sv.retryAssign(id, c)
 	}
 }
@@ -301,7 +331,7 @@ func (sv *supervisor) start(pause time.Duration) {
 	time.AfterFunc(pause, func() {
 		var err error
 		if renewed {
-			program, err = openProgram(sv.Program)
+			program, err = openProgram(executable)
 		}
 		var s *server
 		if err == nil {
@@ -318,12 +348,12 @@ func (sv *supervisor) serverStarted(e started) {
 		if e.program != nil {
 			e.program.Close()
 		}
-		sv.Log.Error("the new server does not start: the old one stays", "error", e.err)
+		sv.log.Error("the new server does not start: the old one stays", "error", e.err)
 	case e.err != nil && sv.stopping:
 		sv.stopped = e.err
 	case e.err != nil:
 		sv.pause = min(max(2*sv.pause, minPause), maxPause)
-		sv.Log.Error("the server does not start: VMs wait", "error", e.err, "pause", sv.pause)
+		sv.log.Error("the server does not start: VMs wait", "error", e.err, "pause", sv.pause)
 	default:
 		if e.renewed {
 			sv.program.Close()
@@ -333,17 +363,17 @@ func (sv *supervisor) serverStarted(e started) {
 		sv.current = e.server
 		sv.servers[e.server] = true
 		sv.watch(e.server)
-		sv.Log.Info("serving again", "pid", e.server.pid(), "connections", len(sv.conns))
+		sv.log.Info("serving again", "pid", e.server.pid(), "connections", len(sv.conns))
 		for id, c := range sv.conns {
 			if c.server == nil {
 				sv.assign(id, c)
 			}
 		}
 		if old != nil {
-			old.end(msgHandOver)
+			old.end(ipc.HandOver)
 		}
 		if sv.stopping {
-			e.server.end(msgStop)
+			e.server.end(ipc.Stop)
 		}
 	}
 	if !sv.stopping && (sv.current == nil || sv.renew) {
@@ -376,13 +406,13 @@ func (sv *supervisor) serverEnded(s *server, err error) {
 		err = errors.New("it left without being told to")
 	}
 	if sv.current != nil { // it was handing over
-		sv.Log.Error("an old server died: the new one goes on", "error", err, "pid", s.pid(), "connections", lost)
+		sv.log.Error("an old server died: the new one goes on", "error", err, "pid", s.pid(), "connections", lost)
 		return
 	}
 	if sv.pause = min(max(2*sv.pause, minPause), maxPause); lived > steady {
 		sv.pause = 0
 	}
-	sv.Log.Error("the server died: VMs wait for the next one", "error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond), "connections", lost, "pause", sv.pause)
+	sv.log.Error("the server died: VMs wait for the next one", "error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond), "connections", lost, "pause", sv.pause)
 	sv.start(sv.pause)
 }
 
@@ -391,10 +421,10 @@ func (sv *supervisor) serverEnded(s *server, err error) {
 func (sv *supervisor) stop() {
 	sv.stopping = true
 	if sv.name != nil {
-		sv.name.Release()
+		sv.name.release()
 	}
 	for s := range sv.servers {
-		s.end(msgStop)
+		s.end(ipc.Stop)
 	}
 }
 
@@ -413,7 +443,7 @@ func (sv *supervisor) accept() {
 		select {
 		case sv.room <- struct{}{}:
 		default:
-			sv.Log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", sv.MaxConnections)
+			sv.log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", sv.MaxConnections)
 			sv.room <- struct{}{}
 		}
 		for {
@@ -423,11 +453,11 @@ func (sv *supervisor) accept() {
 				break
 			}
 			switch err {
-			case unix.EINVAL: // Release has shut the listener down
+			case unix.EINVAL: // release has shut the listener down
 				return
 			case unix.EINTR, unix.ECONNABORTED:
 			default:
-				sv.Log.Warn("can't accept a connection yet", "error", err)
+				sv.log.Warn("can't accept a connection yet", "error", err)
 				time.Sleep(noRoomPause)
 			}
 		}

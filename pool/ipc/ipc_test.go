@@ -1,4 +1,4 @@
-package supervisor
+package ipc
 
 import (
 	"os"
@@ -13,13 +13,13 @@ import (
 // to a descriptor that has got the same number.
 func TestSendWhileClosed(t *testing.T) {
 	for range 200 {
-		ours, theirs, err := newControl()
+		ours, theirs, err := New()
 		if err != nil {
 			t.Fatal(err)
 		}
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if err := ours.send(msgStop, nil, nil, 0); err != nil && err != unix.EPIPE && err != os.ErrClosed {
+			if err := ours.Send(Stop, nil, nil, 0); err != nil && err != unix.EPIPE && err != os.ErrClosed {
 				t.Errorf("send: %v", err)
 			}
 		})

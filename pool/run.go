@@ -1,0 +1,87 @@
+package pool
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/ops"
+	"virtfs-proxy-helper/ops/sandbox"
+	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/ipc"
+)
+
+// Config is what a server process is to do.
+type Config struct {
+	FS      ops.Options
+	Sandbox sandbox.Config
+	Workers int // requests in the file system at once
+}
+
+// Run is the server process. It gets its connections from the supervisor, and
+// ends when told to; or, should the supervisor be gone, with its last client.
+func (cfg *Config) Run(log *slog.Logger) error {
+	// They are the supervisor's; systemd sends them to all processes of a service.
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	if err := CalmMonitor(); err != nil {
+		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
+	}
+	control, memory := ipc.Inherited()
+	server, err := cfg.enter(control, memory, log)
+	if err != nil {
+		control.SendError(err)
+		return err
+	}
+	if err := control.SendReady(); err != nil {
+		return err
+	}
+	handOver, err := control.Serve(func(fd int, id uint32) {
+		if err := server.Add(fd, id); err != nil {
+			log.Error("connection refused", "connection", id, "error", err)
+		}
+	})
+	switch {
+	case err != nil:
+		log.Error("the supervisor died: serving on until the last client has left", "error", err)
+		<-server.Empty()
+	case handOver:
+		<-server.HandOver()
+	default:
+		select {
+		case <-server.Drain():
+		case <-time.After(ipc.StopTime):
+			return fmt.Errorf("stopped with %d connections in work", server.Serving())
+		}
+	}
+	return nil
+}
+
+// enter sandboxes this process and returns what serves its connections.
+func (cfg *Config) enter(control *ipc.Control, memory *os.File, log *slog.Logger) (*Server, error) {
+	j, err := inflight.Map(memory)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.FS.Sysctls, err = ops.ReadSysctls(); err != nil {
+		return nil, err
+	}
+	inside, err := cfg.Sandbox.Enter(ipc.ExportFD, log)
+	if err != nil {
+		return nil, err
+	}
+	if inside.Violations != nil {
+		if err := control.SendFilter(inside.Violations); err != nil {
+			return nil, fmt.Errorf("send the filter: %w", err)
+		}
+		inside.Violations.Close()
+	}
+	fs, err := ops.New(inside.FDs, cfg.FS, log)
+	if err != nil {
+		return nil, err
+	}
+	return NewServer(fs, j, cfg.Workers, func(id uint32, ended bool) { control.SendGone(id, ended) }, log)
+}

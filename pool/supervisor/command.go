@@ -1,0 +1,189 @@
+package supervisor
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/ops/sandbox"
+)
+
+// Name is the program's name in messages, in the log and as its own argument.
+const Name = "virtfs-proxy-helper"
+
+// roleEnv tells a process that this program has started which Role it has.
+const roleEnv = "VIRTFS_PROXY_HELPER_ROLE"
+
+// Role is what a process of this program does.
+type Role string
+
+const (
+	RoleCommand    Role = ""           // the command as the user has started it
+	RoleSupervisor Role = "supervisor" // detached
+	RoleServer     Role = "server"
+)
+
+// CurrentRole returns the role of this process.
+func CurrentRole() Role { return Role(os.Getenv(roleEnv)) }
+
+// rootlessEnv tells all processes of a helper that an ordinary user has started
+// that they are in a user namespace; its value is the descriptor that the first
+// of them waits at.
+const rootlessEnv = "VIRTFS_PROXY_HELPER_ROOTLESS"
+
+// Start is the command as the user has given it: it returns when the detached
+// supervisor takes connections, or is the supervisor itself in the foreground.
+func (c *Config) Start(foreground bool) error {
+	// Whatever descriptors the caller left open end with the next exec.
+	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
+		return fmt.Errorf("close_range: %w", err)
+	}
+	if executableErr != nil {
+		return fmt.Errorf("find this program: %w", executableErr)
+	}
+	if Rootless() {
+		if err := awaitIDs(); err != nil {
+			return err
+		}
+	}
+	export, err := openExport(c.Path)
+	if err != nil {
+		return err
+	}
+	export.Close()
+	var conn *os.File
+	if c.Socket == "" {
+		if err := checkConn(c.FD); err != nil {
+			return err
+		}
+		conn = os.NewFile(uintptr(c.FD), "connection")
+	}
+	if os.Geteuid() != 0 {
+		return c.startRootless(conn)
+	}
+	if err := c.Sandbox.Check(); err != nil {
+		return err
+	}
+	if foreground {
+		return c.run(surroundings{
+			conn:   conn,
+			output: func() io.Writer { return os.Stderr },
+			ready:  func() error { return nil },
+		})
+	}
+	return detach(self(executable, RoleSupervisor), conn)
+}
+
+// startRootless runs this command again, where its user is root, and ends as it
+// does. What that inherits has the same numbers.
+func (c *Config) startRootless(conn *os.File) error {
+	cmd := self(executable, RoleCommand)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if conn != nil && c.FD > 2 {
+		cmd.ExtraFiles = make([]*os.File, c.FD-2)
+		cmd.ExtraFiles[c.FD-3] = conn
+	}
+	tell := func(fd int) { cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", rootlessEnv, fd)) }
+	status, err := sandbox.RunRootless(cmd, tell, NewLog(c.Path, c.LogLevel, os.Stderr))
+	if err == nil {
+		os.Exit(status)
+	}
+	return err
+}
+
+// Rootless tells that an ordinary user has started this helper.
+func Rootless() bool { return os.Getenv(rootlessEnv) != "" }
+
+func awaitIDs() error {
+	fd, err := strconv.Atoi(os.Getenv(rootlessEnv))
+	if err != nil {
+		return err
+	}
+	return sandbox.AwaitIDs(fd)
+}
+
+// RunDetached is the supervisor as a daemon.
+func (c *Config) RunDetached() error {
+	report := newReport()
+	var conn *os.File
+	if c.Socket == "" {
+		unix.CloseOnExec(connFD)
+		conn = os.NewFile(connFD, "connection")
+	}
+	ready := false
+	err := c.run(surroundings{
+		conn:   conn,
+		output: func() io.Writer { return syslogOutput(Name) },
+		ready: func() error {
+			ready = true
+			return errors.Join(os.Chdir("/"), report.ready())
+		},
+	})
+	if err != nil && !ready {
+		report.error(err)
+	}
+	return err
+}
+
+// descriptors is how many a process may need: one for each connection, a few
+// for each request in the file system, and what it has anyway.
+func (c *Config) descriptors() uint64 { return uint64(c.MaxConnections + 4*c.Workers + 64) }
+
+// executable is the name of the program that runs, as it was at the start.
+var executable, executableErr = os.Executable()
+
+// self returns a program as this one in the given role, with nothing of the
+// caller's environment.
+func self(program string, role Role) *exec.Cmd {
+	cmd := &exec.Cmd{
+		Path: program,
+		Args: append([]string{Name}, os.Args[1:]...),
+		Env:  []string{roleEnv + "=" + string(role)},
+	}
+	if Rootless() {
+		cmd.Env = append(cmd.Env, rootlessEnv+"="+os.Getenv(rootlessEnv))
+	}
+	return cmd
+}
+
+// openExport and checkConn say early and clearly what would fail later.
+func openExport(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Faccessat(unix.AT_FDCWD, path, unix.X_OK, unix.AT_EACCESS)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--path: export %s: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+func checkConn(fd int) error {
+	is := func(option, want int) bool {
+		v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
+		return err == nil && v == want
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
+		return fmt.Errorf("--fd %d: not an open descriptor", fd)
+	}
+	if !is(unix.SO_DOMAIN, unix.AF_UNIX) || !is(unix.SO_TYPE, unix.SOCK_STREAM) || !is(unix.SO_ACCEPTCONN, 0) {
+		return fmt.Errorf("--fd %d: not a connected unix stream socket", fd)
+	}
+	if _, err := unix.Getpeername(fd); err != nil {
+		return fmt.Errorf("--fd %d: not a connected unix stream socket: %w", fd, err)
+	}
+	return nil
+}
+
+// NewLog returns a log in slog's text format of the helper that serves path.
+func NewLog(path string, level slog.Level, out io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})).
+		With("export", filepath.Base(path))
+}
