@@ -30,6 +30,7 @@
 package ops
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"runtime/debug"
@@ -98,7 +99,7 @@ func New(fds int, opts Options, log *slog.Logger) (*FS, error) {
 		table:    &table,
 		fds:      fds,
 		log:      log,
-		trace:    log.Enabled(nil, slog.LevelDebug),
+		trace:    log.Enabled(context.Background(), slog.LevelDebug),
 		readOnly: opts.ReadOnly,
 		self:     codec.CString(strconv.Itoa(fds) + "\x00"),
 

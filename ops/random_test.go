@@ -18,7 +18,6 @@ import (
 var (
 	seed     = flag.Uint64("seed", 0, "of TestRandom, instead of its own few")
 	requests = flag.Int("requests", 3000, "of TestRandom, for each seed")
-	every    = flag.Int("every", 100, "so many requests TestRandom compares the trees")
 )
 
 const tmpfile = unix.O_TMPFILE &^ unix.O_DIRECTORY

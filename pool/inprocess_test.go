@@ -1,15 +1,15 @@
-// Package inside tests the server within the test's own process, where the
-// fuzzer sees which code runs and the collector can be called. The process'
-// root directory is an empty tmpfs: the file operations are real ones.
-package inside
+package pool_test
 
 import (
 	"encoding/binary"
+	"flag"
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,6 +22,10 @@ import (
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/inflight"
 )
+
+// These tests run the server within a test process of their own (ownProcess),
+// where the fuzzer sees which code runs and the collector can be called. The
+// process' root directory is an empty tmpfs: the file operations are real ones.
 
 // patience bounds every wait: only what hangs takes so long.
 const patience = 60 * time.Second
@@ -50,7 +54,13 @@ var host = sync.OnceValue(func() (h struct {
 	dir, err := os.MkdirTemp("", "inside")
 	check(err)
 	check(unix.Mount("none", dir, "tmpfs", 0, "size=32m,nr_inodes=2000"))
-	check(unix.Chroot(dir))
+	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	check(err)
+	check(unix.Unmount(dir, unix.MNT_DETACH)) // it goes with the process
+	check(os.Remove(dir))
+	check(unix.Fchdir(root))
+	check(unix.Chroot("."))
+	check(unix.Close(root))
 	check(unix.Chdir("/"))
 	unix.Umask(0)
 	h.fs, err = ops.New(fds, ops.Options{}, quiet)
@@ -64,16 +74,16 @@ var host = sync.OnceValue(func() (h struct {
 
 var quiet = slog.New(slog.DiscardHandler)
 
-// server is one with what the supervisor knows of its connections.
-type server struct {
+// inProcess is a server with what the supervisor knows of its connections.
+type inProcess struct {
 	*pool.Server
 	mu    sync.Mutex
 	ended map[uint32]bool
 }
 
-func newServer(tb testing.TB) *server {
+func newInProcess(tb testing.TB) *inProcess {
 	tb.Helper()
-	s := &server{ended: map[uint32]bool{}}
+	s := &inProcess{ended: map[uint32]bool{}}
 	var err error
 	s.Server, err = pool.NewServer(host().fs, host().journal, slots, func(id uint32, ended bool) {
 		s.mu.Lock()
@@ -126,6 +136,10 @@ func answers(fd int) (stream []byte, descriptors int, err error) {
 // request is answered once, in the order of the requests, in its own shape;
 // what is no request ends the connection; no descriptor is left.
 func FuzzServer(f *testing.F) {
+	if !fuzzing() && !ownProcess(f) {
+		f.Fuzz(func(*testing.T, []byte, uint16, uint8) {}) // the corpus has been run there
+		return
+	}
 	path := func(s string) codec.CString { return codec.CString(s + "\x00") }
 	var all []byte
 	for t := codec.Open; t < codec.NumTypes; t++ {
@@ -163,7 +177,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 	}
 	ours, theirs := socketPair(t)
 	defer unix.Close(ours)
-	s := newServer(t)
+	s := newInProcess(t)
 	keeps, err := unix.FcntlInt(uintptr(theirs), unix.F_DUPFD_CLOEXEC, 0) // as the supervisor does
 	if err != nil {
 		t.Fatal(err)
@@ -197,7 +211,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 			<-s.HandOver()
 			s.Close()
 			if !ended() {
-				s = newServer(t)
+				s = newInProcess(t)
 				if err := s.Add(keeps, 0); err != nil {
 					t.Fatal(err)
 				}
@@ -256,7 +270,10 @@ func openFDs(t *testing.T) int {
 // The collector stops all threads, those in raw system calls, too, again and
 // again, on one CPU: nothing may hang.
 func TestCollectedGarbage(t *testing.T) {
-	s := newServer(t)
+	if !ownProcess(t) {
+		return
+	}
+	s := newInProcess(t)
 	pinToOneCPU(t)
 	request := (&codec.Request{Path: codec.CString("/\x00")}).Append(nil, codec.Lstat)
 	var answered atomic.Int64
@@ -344,4 +361,30 @@ func pinToOneCPU(t *testing.T) {
 	}
 	pin(&one)
 	t.Cleanup(func() { pin(&all) })
+}
+
+// ownProcessEnv marks the process that ownProcess starts.
+const ownProcessEnv = "VIRTFS_TEST_OWN_PROCESS"
+
+// ownProcess runs the calling test again in a process of its own, which may
+// change its root, and returns true there. In the process that
+// other tests run in, too, it reports what came of that, and returns false.
+func ownProcess(tb testing.TB) bool {
+	tb.Helper()
+	if os.Getenv(ownProcessEnv) != "" {
+		return true
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+tb.Name()+"$", "-test.v", "-test.timeout=5m")
+	cmd.Env = append(os.Environ(), ownProcessEnv+"=1")
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+tb.Name()) {
+		tb.Errorf("in a process of its own: %v\n%s", err, out)
+	}
+	return false
+}
+
+// fuzzing tells that this process is the fuzzer or one of its workers.
+func fuzzing() bool {
+	pattern, worker := flag.Lookup("test.fuzz"), flag.Lookup("test.fuzzworker")
+	return pattern.Value.String() != "" || worker.Value.String() == "true"
 }
