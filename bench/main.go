@@ -12,8 +12,8 @@
 // is about CPUs, neighbours.go about others on the same helper, scratch.go about the file system to measure on,
 // trace.go and record.go about recorded traffic, plot.go about the HTML page.
 //
-//	proc/  what processes cost
-//	hang/  a file system that does not answer
+//	proc/    what processes cost
+//	slowfs/  a file system that answers late or not at all
 package main
 
 import (

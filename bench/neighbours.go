@@ -38,12 +38,14 @@ type neighbours struct {
 }
 
 // mount mounts the file system that hangs. Where the host's mounts are private,
-// a helper that runs already would not see it.
-func (n *neighbours) mount(dir string) (err error) {
-	if err := os.Mkdir(dir, 0o755); err != nil {
+// a helper that runs already would not see it. backing becomes an empty directory.
+func (n *neighbours) mount(dir, backing string) (err error) {
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(backing, 0o755)); err != nil {
 		return err
 	}
-	n.fs, err = slowfs.Mount(dir)
+	if n.fs, err = slowfs.Mount(dir, backing, slowfs.Options{}); err == nil {
+		n.fs.Hold(slowfs.Lookups)
+	}
 	return err
 }
 

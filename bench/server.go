@@ -81,7 +81,7 @@ func start(l launch) (p *program, err error) {
 		}
 	}
 	if l.hang {
-		if err := p.others.mount(filepath.Join(l.export, hangDir)); err != nil {
+		if err := p.others.mount(filepath.Join(l.export, hangDir), l.export+".backing"); err != nil {
 			return p, err
 		}
 	}

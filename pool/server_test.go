@@ -155,11 +155,12 @@ func TestManyConnections(t *testing.T) {
 // mountHang mounts a FUSE file system that does not answer, until release.
 func mountHang(t *testing.T, dir string) (release func()) {
 	t.Helper()
-	fs, err := slowfs.Mount(dir)
+	fs, err := slowfs.Mount(dir, t.TempDir(), slowfs.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { fs.Close() })
+	fs.Hold(slowfs.Lookups)
 	return fs.Release
 }
 

@@ -370,11 +370,12 @@ func TestKilledWhileHeld(t *testing.T) {
 	if err := os.Mkdir(stuck, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	fs, err := slowfs.Mount(stuck)
+	fs, err := slowfs.Mount(stuck, t.TempDir(), slowfs.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { fs.Close() })
+	fs.Hold(slowfs.Lookups)
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
 	held, c := helpertest.Dial(t, name), helpertest.Dial(t, name)
 	held.Send(frame(codec.Lstat, "/stuck/x"))

@@ -16,6 +16,7 @@ import (
 
 	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -169,7 +170,7 @@ const hung = 6
 // has answered its threads, and until it is dead there is no other server.
 func (s *soak) hang(rng *rand.Rand) {
 	sent := time.Now()
-	s.hangs.Hold()
+	s.hangs.Hold(slowfs.Lookups)
 	defer s.hangs.Release()
 	peers := make([]*helpertest.Peer, hung)
 	for i := range peers {

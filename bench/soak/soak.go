@@ -190,14 +190,13 @@ func (s *soak) prepare() (vms []*vm, err error) {
 		}
 	}
 	if slices.Contains(s.disturb, "hang") {
-		at := filepath.Join(s.export, "hung")
-		if err := os.Mkdir(at, 0o755); err != nil {
+		at, backing := filepath.Join(s.export, "hung"), filepath.Join(s.dir, "backing")
+		if err := errors.Join(os.Mkdir(at, 0o755), os.Mkdir(backing, 0o755)); err != nil {
 			return nil, err
 		}
-		if s.hangs, err = slowfs.Mount(at); err != nil {
+		if s.hangs, err = slowfs.Mount(at, backing, slowfs.Options{}); err != nil {
 			return nil, err
 		}
-		s.hangs.Release()
 	}
 	for i, dir := range dirs {
 		v, err := newVM(s, i, dir)
