@@ -75,8 +75,11 @@ func TestEveryOperation(t *testing.T) {
 		t.Errorf("JSON: %v, %.100s", err, text)
 	}
 	html, err := os.ReadFile(page)
-	if err != nil || strings.Count(string(html), "<svg") != strings.Count(string(html), "</svg>") || !strings.Contains(string(html), "create1000") {
-		t.Errorf("HTML: %v, %.100s", err, html)
+	lines := 0
+	eachRatio(r.Rows, func(string, *ratios) { lines++ })
+	if err != nil || lines < len(r.Rows) || strings.Count(string(html), "<svg") != 1 ||
+		strings.Count(string(html), "<circle") != lines || !strings.Contains(string(html), "create1000") {
+		t.Errorf("HTML: %v, %d lines of %d rows, %.100s", err, lines, len(r.Rows), html)
 	}
 	for _, remote := range []string{"<script", "<link", "src=", "@import"} {
 		if strings.Contains(string(html), remote) {

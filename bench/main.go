@@ -104,7 +104,7 @@ func parseOptions(args []string) (*options, error) {
 	f.Uint64Var(&o.seed, "seed", 1, "of the random mixture")
 	f.StringVar(&o.dir, "dir", "", "where to make the directories to export (default: a fresh ext4 in memory)")
 	f.StringVar(&o.json, "json", "", "write the results to this `file`")
-	f.StringVar(&o.html, "html", "", "write a page with plots to this `file`")
+	f.StringVar(&o.html, "html", "", "write a page with the tables and a plot of the ratios to this `file`")
 	f.StringVar(&o.record, "record", "", "don't measure: record a trace to this `file`, between QEMU and a helper")
 	f.StringVar(&o.listen, "listen", "", "with --record: the `name` that QEMU connects to")
 	f.StringVar(&o.scratch, "scratch", "", "")

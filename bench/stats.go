@@ -71,6 +71,19 @@ func median(values []float64) float64 {
 	return (values[(n-1)/2] + values[n/2]) / 2
 }
 
+// medianInterval returns the 95 % confidence interval of the median of sorted
+// values, whatever their distribution: the values whose ranks are 0.98 sqrt(n)
+// from the middle. Fewer than 6 values do not give so much; then it is all of them.
+func medianInterval(sorted []float64) (low, high float64) {
+	n := len(sorted)
+	if n == 0 {
+		return math.NaN(), math.NaN()
+	}
+	rank := int(math.Round(float64(n)/2 - 0.98*math.Sqrt(float64(n))))
+	rank = max(rank, 1) // the smallest
+	return sorted[rank-1], sorted[n-rank]
+}
+
 // ratios compares a program to another. Each ratio is the median of the ratios
 // of chunks that ran in the same round, one right after the other, so that a
 // machine whose speed drifts slows down both sides of each.
@@ -81,6 +94,8 @@ func median(values []float64) float64 {
 // sees such things, and others who had the machine for a moment as well.
 type ratios struct {
 	P50        number `json:"p50"`
+	P50Low     number `json:"p50_low"` // 95 % confidence interval of P50
+	P50High    number `json:"p50_high"`
 	P99        number `json:"p99"`
 	P99All     number `json:"p99_all"`
 	Throughput number `json:"throughput"`
@@ -90,7 +105,7 @@ type ratios struct {
 
 func compare(s, peer *series) *ratios {
 	q := &ratios{}
-	of := func(field func(chunk) float64) number {
+	of := func(field func(chunk) float64) (middle, low, high number) {
 		var r []float64
 		for i := range min(len(s.chunks), len(peer.chunks)) {
 			if v := field(s.chunks[i]) / field(peer.chunks[i]); !math.IsNaN(v) && !math.IsInf(v, 0) {
@@ -100,12 +115,14 @@ func compare(s, peer *series) *ratios {
 		if len(r) > 0 && (q.Pairs == 0 || len(r) < q.Pairs) {
 			q.Pairs = len(r)
 		}
-		return number(median(r))
+		middle = number(median(r))
+		l, h := medianInterval(r)
+		return middle, number(l), number(h)
 	}
-	q.P50 = of(func(c chunk) float64 { return c.p50 })
-	q.P99 = of(func(c chunk) float64 { return c.p99 })
-	q.Throughput = of(func(c chunk) float64 { return c.throughput })
-	q.CPU = of(func(c chunk) float64 { return c.cpu })
+	q.P50, q.P50Low, q.P50High = of(func(c chunk) float64 { return c.p50 })
+	q.P99, _, _ = of(func(c chunk) float64 { return c.p99 })
+	q.Throughput, _, _ = of(func(c chunk) float64 { return c.throughput })
+	q.CPU, _, _ = of(func(c chunk) float64 { return c.cpu })
 	q.P99All = number(math.NaN())
 	if min(s.latency.TotalCount(), peer.latency.TotalCount()) >= 100 {
 		q.P99All = number(float64(s.latency.ValueAtQuantile(99)) / float64(peer.latency.ValueAtQuantile(99)))

@@ -120,8 +120,10 @@ func Mount(dir, backing string, options Options) (*FS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("/dev/fuse: %w", err)
 	}
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", fd)
-	if err := unix.Mount("slowfs", dir, "fuse.slowfs", unix.MS_NOSUID|unix.MS_NODEV, data); err != nil {
+	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,"+
+		"default_permissions", fd)
+	err = unix.Mount("slowfs", dir, "fuse.slowfs", unix.MS_NOSUID|unix.MS_NODEV, data)
+	if err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("mount a FUSE file system on %s: %w", dir, err)
 	}
