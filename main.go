@@ -102,7 +102,7 @@ func parseOptions(args []string) (*options, error) {
 	f.StringVar((*string)(&o.Sandbox.Seccomp), "seccomp", "kill", "kill a server that makes a system call it has no use for; for debugging, log it or do none of that: `HOW`")
 	f.StringVar(&o.PIDFile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
 	f.StringVar(&level, "log-level", "info", "debug (each request), info, warn or error: `LEVEL` of what is logged")
-	version := f.Bool("version", false, "print the version and leave")
+	showVersion := f.Bool("version", false, "print the version and leave")
 	help := f.BoolP("help", "h", false, "print this and leave")
 
 	err := f.Parse(args)
@@ -112,7 +112,7 @@ func parseOptions(args []string) (*options, error) {
 	case *help:
 		fmt.Print(usage, f.FlagUsages())
 		return nil, errDone
-	case *version:
+	case *showVersion:
 		fmt.Println(supervisor.Name, buildVersion())
 		return nil, errDone
 	}
@@ -162,9 +162,27 @@ func parseOptions(args []string) (*options, error) {
 	return o, nil
 }
 
+// version is set by packagers: go build -ldflags "-X main.version=1.2.3".
+var version string
+
+// buildVersion returns version; without it what the go command has noted, the
+// module's version or the commit.
 func buildVersion() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
+	const unknown = "(devel)" // the go command's word, too
+	if version != "" {
+		return version
 	}
-	return "(unknown)"
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return unknown
+	}
+	if v := info.Main.Version; v != "" && v != unknown {
+		return v
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return s.Value
+		}
+	}
+	return unknown
 }
