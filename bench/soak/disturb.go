@@ -1,9 +1,7 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -14,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -67,7 +65,7 @@ func (s *spans) count(from, to time.Time) (n int) {
 
 // server is one of the servers there are now; 0 if there is none.
 func (s *soak) server(rng *rand.Rand) int {
-	pids := helpertest.Children(s.supervisor.Process.Pid)
+	pids := proc.Children(s.supervisor.Process.Pid)
 	if len(pids) == 0 {
 		return 0
 	}
@@ -87,7 +85,7 @@ func (s *soak) kill(rng *rand.Rand) {
 		return
 	}
 	ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for end := time.Now().Add(helpertest.Patience); ready[0].Revents == 0; unix.Poll(ready, 1000) {
+	for end := time.Now().Add(qemu.Patience); ready[0].Revents == 0; unix.Poll(ready, 1000) {
 		if time.Now().After(end) {
 			s.wrong("kill: the server does not die of SIGKILL")
 			return
@@ -104,15 +102,15 @@ func (s *soak) renew(*rand.Rand) {
 // cut is a client that does not behave. One in a few does: whatever happens,
 // new connections are served.
 func (s *soak) cut(rng *rand.Rand) {
-	c, err := helpertest.DialPeer(s.socket)
+	c, err := qemu.Dial(s.socket, qemu.Patience)
 	if err != nil {
 		s.wrong("cut: connect: %v", err)
 		return
 	}
 	defer c.Close()
-	root := codec.Request{Path: helpertest.Path("/shared")}
+	root := codec.Request{Path: qemu.Path("/shared")}
 	open, lstat := root.Append(nil, codec.Open), root.Append(nil, codec.Lstat)
-	long := codec.Request{Path: helpertest.Path("/shared/none"), Name: codec.CString("user.x"), Value: make([]byte, 60_000), Size: 1}
+	long := codec.Request{Path: qemu.Path("/shared/none"), Name: codec.CString("user.x"), Value: make([]byte, 60_000), Size: 1}
 	frame := long.Append(nil, codec.Lsetxattr)
 	send := func(b []byte) {
 		c.Conn().SetWriteDeadline(time.Now().Add(time.Second))
@@ -143,14 +141,13 @@ func (s *soak) cut(rng *rand.Rand) {
 			garbage[i] = byte(rng.Uint32()) | 0x80
 		}
 		send(garbage)
-		c.Conn().SetReadDeadline(time.Now().Add(helpertest.Patience))
-		if n, err := c.Conn().Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, unix.ECONNRESET) {
-			s.wrong("cut: garbage %x is answered by %d bytes, %v", garbage, n, err)
+		if err := c.Ended(); err != nil {
+			s.wrong("cut: garbage %x is answered: %v", garbage, err)
 		}
 	default:
 		for range 3 {
 			sent := time.Now()
-			a, err := c.TryDo(codec.Lstat, root)
+			a, err := c.Do(codec.Lstat, root)
 			if err != nil || a.Errno != 0 && !(a.Errno == unix.EIO && s.deaths.count(sent, time.Now()) > 1) {
 				s.wrong("cut: LSTAT on a new connection: %v %v", a.Errno, err)
 			}
@@ -171,17 +168,17 @@ func (s *soak) hang(rng *rand.Rand) {
 	sent := time.Now()
 	s.hangs.Hold()
 	defer s.hangs.Release()
-	peers := make([]*helpertest.Peer, hung)
+	peers := make([]*qemu.Client, hung)
 	for i := range peers {
-		c, err := helpertest.DialPeer(s.socket)
+		c, err := qemu.Dial(s.socket, qemu.Patience)
 		if err != nil {
 			s.wrong("hang: connect: %v", err)
 			return
 		}
 		defer c.Close()
 		peers[i] = c
-		q := codec.Request{Path: helpertest.Path(fmt.Sprintf("/hung/%d", i))}
-		if err := c.TrySend(q.Append(nil, codec.Lstat)); err != nil {
+		q := codec.Request{Path: qemu.Path(fmt.Sprintf("/hung/%d", i))}
+		if err := c.Send(q.Append(nil, codec.Lstat)); err != nil {
 			s.wrong("hang: send: %v", err)
 		}
 	}
@@ -195,7 +192,7 @@ func (s *soak) hang(rng *rand.Rand) {
 	time.Sleep(time.Duration(rng.Int64N(int64(time.Second))))
 	s.hangs.Release()
 	for i, c := range peers {
-		a, err := c.TryRead(codec.Lstat)
+		a, err := c.Receive(codec.Lstat)
 		if twice := s.deaths.count(sent, time.Now()) > 1; err != nil || a.Errno != unix.ENOENT && !(twice && a.Errno == unix.EIO) {
 			s.wrong("hang: request %d is answered by %v, %v", i, a.Errno, err)
 			return
@@ -283,7 +280,7 @@ func (s *soak) mount(source, at, kind, options string) error {
 
 // eventually waits until ok says true, up to Patience.
 func eventually(ok func() bool) bool {
-	for end := time.Now().Add(helpertest.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(qemu.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			return false
 		}

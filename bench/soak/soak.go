@@ -36,7 +36,8 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
@@ -145,7 +146,7 @@ func (s *soak) run() (err error) {
 	defer func() { err = errors.Join(err, s.cleanUp()) }()
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM)
-	time.AfterFunc(s.time()+5*helpertest.Patience, func() { s.abort("it hangs") })
+	time.AfterFunc(s.time()+5*qemu.Patience, func() { s.abort("it hangs") })
 	fmt.Printf("soak: %d VMs for %d s, disturbed by %s; --seed %d\n", s.vms, s.seconds, strings.Join(s.disturb, ","), s.seed)
 	vms, err := s.prepare()
 	if err != nil {
@@ -252,12 +253,12 @@ func (s *soak) startHelper() error {
 		close(s.exited)
 	}()
 	served := eventually(func() bool {
-		c, err := helpertest.DialPeer(s.socket)
+		c, err := qemu.Dial(s.socket, qemu.Patience)
 		if err != nil {
 			return s.ended()
 		}
 		defer c.Close()
-		a, err := c.TryDo(codec.Lstat, codec.Request{Path: helpertest.Path("/shared")})
+		a, err := c.Do(codec.Lstat, codec.Request{Path: qemu.Path("/shared")})
 		return err == nil && a.Errno == 0
 	})
 	if !served || s.ended() {
@@ -287,7 +288,7 @@ func (s *soak) log() []byte {
 func (s *soak) work(vms []*vm, interrupted <-chan os.Signal) error {
 	for _, v := range vms {
 		var err error
-		if v.peer, err = helpertest.DialPeer(s.socket); err != nil {
+		if v.peer, err = qemu.Dial(s.socket, qemu.Patience); err != nil {
 			return err
 		}
 		defer v.peer.Close()
@@ -360,18 +361,18 @@ func (s *soak) checkLeaks(before cost) (after cost) {
 			after.threads <= before.threads+moreThreads && after.memory <= before.memory+moreMemory
 	})
 	if !ok {
-		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v", helpertest.Children(s.supervisor.Process.Pid), after, before)
+		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v", proc.Children(s.supervisor.Process.Pid), after, before)
 	}
 	return after
 }
 
 // checkEnd ends the helper.
 func (s *soak) checkEnd() {
-	servers := helpertest.Children(s.supervisor.Process.Pid)
+	servers := proc.Children(s.supervisor.Process.Pid)
 	s.supervisor.Process.Signal(unix.SIGTERM)
 	select {
 	case <-s.exited:
-	case <-time.After(helpertest.Patience):
+	case <-time.After(qemu.Patience):
 		s.wrong("the helper does not end on SIGTERM")
 		return
 	}
@@ -390,7 +391,7 @@ func (s *soak) checkEnd() {
 		s.wrong("names are left: %q", left)
 	}
 	log := string(s.log())
-	if fault := helpertest.Faults(log); fault != "" {
+	if fault := proc.Faults(log); fault != "" {
 		s.wrong("the helper has printed:\n%s", fault)
 	}
 	for line := range strings.Lines(log) {
@@ -433,7 +434,7 @@ func (s *soak) report(vms []*vm, before, after cost) {
 // cleanUp leaves nothing behind.
 func (s *soak) cleanUp() (err error) {
 	if s.supervisor != nil && !s.ended() {
-		for _, pid := range append(helpertest.Children(s.supervisor.Process.Pid), s.supervisor.Process.Pid) {
+		for _, pid := range append(proc.Children(s.supervisor.Process.Pid), s.supervisor.Process.Pid) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		<-s.exited

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -26,7 +25,7 @@ type vm struct {
 	kind   fsKind // of the file system there
 	export fsKind // and of the export's own
 
-	peer   *helpertest.Peer
+	peer   *qemu.Client
 	gen    *generator
 	worlds []*world // that may be: one, but within a batch that a server has died over
 
@@ -89,12 +88,12 @@ func (v *vm) run(over *atomic.Bool) error {
 			at = v.gen.IntN(len(frames))
 		}
 		sent := time.Now()
-		if err := errors.Join(v.peer.TrySend(frames[:at]), v.peer.TrySend(frames[at:])); err != nil {
+		if err := errors.Join(v.peer.Send(frames[:at]), v.peer.Send(frames[at:])); err != nil {
 			return fmt.Errorf("%v: send: %w", batch[0], err)
 		}
 		eio := 0
 		for _, r := range batch {
-			a, err := v.peer.TryRead(r.t)
+			a, err := v.peer.Receive(r.t)
 			if err != nil {
 				return fmt.Errorf("%v: no answer: %w", r, err)
 			}
@@ -120,19 +119,18 @@ func (v *vm) run(over *atomic.Bool) error {
 
 // silent finds an answer too many.
 func (v *vm) silent() error {
-	v.peer.Conn().SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-	n, err := v.peer.Conn().Read(make([]byte, 1))
-	if timeout := net.Error(nil); n == 0 && errors.As(err, &timeout) && timeout.Timeout() {
-		return nil
+	if err := v.peer.Silent(10 * time.Millisecond); err != nil {
+		return fmt.Errorf("all is answered: %w", err)
 	}
-	return fmt.Errorf("all is answered, and %d bytes more come: %v", n, err)
+	return nil
 }
 
 // judge keeps the worlds where the answer is right.
-func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
+func (v *vm) judge(r *request, a qemu.Answer, sent time.Time) error {
 	v.soak.answered.Add(1)
 	v.answers[r.t]++
 	v.errnos[a.Errno]++
+	file := a.File()
 	var left []*world
 	var wrong error
 	for _, w := range v.worlds {
@@ -144,7 +142,7 @@ func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
 		switch err := want.judge(a); {
 		case err == nil:
 			if want.node != nil {
-				w.opened = append(w.opened, opened{a.File, want.node, r})
+				w.opened = append(w.opened, opened{file, want.node, r})
 			}
 			left = append(left, w)
 		case done && want.errno == 0:
@@ -160,7 +158,7 @@ func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
 	return nil
 }
 
-func (w *want) judge(a helpertest.Answer) error {
+func (w *want) judge(a qemu.Answer) error {
 	switch {
 	case a.Errno != w.errno:
 		return fmt.Errorf("%v (%d), want %v (%d)", a.Errno, a.Errno, w.errno, w.errno)
