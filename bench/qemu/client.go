@@ -129,7 +129,8 @@ func (c *Client) Send(b []byte) error {
 	if c.conn != nil {
 		return c.sendConn(b)
 	}
-	n, _, e := unix.RawSyscall(unix.SYS_WRITE, uintptr(c.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	n, _, e := unix.RawSyscall(unix.SYS_WRITE, uintptr(c.fd),
+		uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 	switch {
 	case e != 0:
 		return e
@@ -207,7 +208,8 @@ func (c *Client) fill(end int, rights bool) error {
 //go:norace
 func (c *Client) read(end int) (int, error) {
 	for {
-		n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(c.fd), uintptr(unsafe.Pointer(&c.buf[c.n])), uintptr(end-c.n))
+		n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(c.fd),
+			uintptr(unsafe.Pointer(&c.buf[c.n])), uintptr(end-c.n))
 		if e == 0 {
 			return int(n), nil
 		}
@@ -225,7 +227,8 @@ func (c *Client) recvmsg() (int, error) {
 	for {
 		c.msg.Control = &c.oob[0]
 		c.msg.SetControllen(len(c.oob))
-		n, _, e := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(c.fd), uintptr(unsafe.Pointer(&c.msg)), unix.MSG_CMSG_CLOEXEC)
+		n, _, e := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(c.fd),
+			uintptr(unsafe.Pointer(&c.msg)), unix.MSG_CMSG_CLOEXEC)
 		if e == 0 {
 			c.oobn, c.flags = int(c.msg.Controllen), int(c.msg.Flags)
 			return int(n), nil
@@ -267,7 +270,8 @@ func (c *Client) Answer(t codec.Type) (a Answer, err error) {
 //go:nosplit
 func (c *Client) descriptor() int {
 	h := (*unix.Cmsghdr)(unsafe.Pointer(&c.oob[0]))
-	if c.oobn < unix.SizeofCmsghdr+4 || int(h.Len) != unix.SizeofCmsghdr+4 || h.Level != unix.SOL_SOCKET ||
+	if c.oobn < unix.SizeofCmsghdr+4 || int(h.Len) != unix.SizeofCmsghdr+4 ||
+		h.Level != unix.SOL_SOCKET ||
 		h.Type != unix.SCM_RIGHTS || c.flags&unix.MSG_CTRUNC != 0 {
 		return -1
 	}
@@ -282,7 +286,8 @@ func (c *Client) refuse() error {
 }
 
 func (c *Client) refuseDescriptor() error {
-	return fmt.Errorf("%w: %.80x with %d descriptors, flags %#x", ErrDescriptor, c.buf[:c.n], CloseRights(c.oob[:c.oobn]), c.flags)
+	return fmt.Errorf("%w: %.80x with %d descriptors, flags %#x", ErrDescriptor, c.buf[:c.n],
+		CloseRights(c.oob[:c.oobn]), c.flags)
 }
 
 // CloseRights closes the descriptors of control messages, and returns how many

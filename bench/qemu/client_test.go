@@ -68,12 +68,15 @@ var answers = []struct {
 	fd      bool
 	err     error
 }{
-	{name: "status", t: codec.Chmod, sent: plain("\x00\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"), payload: "\x00\x00\x00\x00"},
+	{name: "status", t: codec.Chmod,
+		sent: plain("\x00\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"), payload: "\x00\x00\x00\x00"},
 	{name: "empty", t: codec.Readlink, sent: plain("\x00\x00\x00\x00\x00\x00\x00\x00")},
-	{name: "in pieces", t: codec.Readlink, sent: plain("\x00\x00", "\x00\x00\x04\x00\x00", "\x00\x02", "\x00a", "b"), payload: "\x02\x00ab"},
+	{name: "in pieces", t: codec.Readlink,
+		sent: plain("\x00\x00", "\x00\x00\x04\x00\x00", "\x00\x02", "\x00a", "b"), payload: "\x02\x00ab"},
 	{name: "longest", t: codec.Readlink, sent: plain("\x00\x00\x00\x00\x00\x00\x01\x00" + strings.Repeat("x", 65536)),
 		payload: strings.Repeat("x", 65536)},
-	{name: "errno", t: codec.Lstat, sent: plain("\x01\x00\x00\x00\x04\x00\x00\x00\xfe\xff\xff\xff"), errno: unix.ENOENT,
+	{name: "errno", t: codec.Lstat,
+		sent: plain("\x01\x00\x00\x00\x04\x00\x00\x00\xfe\xff\xff\xff"), errno: unix.ENOENT,
 		payload: "\xfe\xff\xff\xff"},
 	{name: "descriptor", t: codec.Open, sent: []message{{"\xff\xff\xff\x7f", 1}}, fd: true},
 	{name: "errno of CREATE", t: codec.Create, sent: plain("\xef\xff\xff\xff"), errno: unix.EEXIST},
@@ -86,19 +89,24 @@ var answers = []struct {
 	{name: "end in the payload", t: codec.Lstat, sent: []message{{"\x00\x00\x00\x00\x04\x00\x00\x00\x00", 0}, eof},
 		err: io.ErrUnexpectedEOF},
 	{name: "too long", t: codec.Lstat, sent: plain("\x00\x00\x00\x00\x01\x00\x01\x00"), err: codec.ErrSize},
-	{name: "no answer's type", t: codec.Lstat, sent: plain("\x02\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"), err: ErrFrame},
-	{name: "long errno", t: codec.Lstat, sent: plain("\x01\x00\x00\x00\x08\x00\x00\x00\xfe\xff\xff\xff\xff\xff\xff\xff"),
-		err: ErrFrame},
+	{name: "no answer's type", t: codec.Lstat,
+		sent: plain("\x02\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"), err: ErrFrame},
+	{name: "long errno", t: codec.Lstat,
+		sent: plain("\x01\x00\x00\x00\x08\x00\x00\x00\xfe\xff\xff\xff\xff\xff\xff\xff"),
+		err:  ErrFrame},
 	{name: "error 0", t: codec.Lstat, sent: plain("\x01\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"), err: ErrFrame},
-	{name: "positive errno", t: codec.Lstat, sent: plain("\x01\x00\x00\x00\x04\x00\x00\x00\x02\x00\x00\x00"), err: ErrFrame},
+	{name: "positive errno", t: codec.Lstat,
+		sent: plain("\x01\x00\x00\x00\x04\x00\x00\x00\x02\x00\x00\x00"), err: ErrFrame},
 	{name: "no errno", t: codec.Open, sent: plain("\x00\xf0\xff\xff"), err: ErrFrame},
 	{name: "0 of OPEN", t: codec.Open, sent: plain("\x00\x00\x00\x00"), err: ErrFrame},
 	{name: "half of OPEN", t: codec.Open, sent: plain("\xfe\xff"), err: ErrFrame},
 	{name: "half with descriptor", t: codec.Open, sent: []message{{"\xff\xff", 1}}, err: ErrDescriptor},
 	{name: "no descriptor", t: codec.Open, sent: plain("\xff\xff\xff\x7f"), err: ErrDescriptor},
-	{name: "descriptor later", t: codec.Open, sent: []message{{"\xff\xff\xff\x7f", 0}, {"\xff\xff\xff\x7f", 1}}, err: ErrDescriptor},
+	{name: "descriptor later", t: codec.Open,
+		sent: []message{{"\xff\xff\xff\x7f", 0}, {"\xff\xff\xff\x7f", 1}}, err: ErrDescriptor},
 	{name: "two descriptors", t: codec.Open, sent: []message{{"\xff\xff\xff\x7f", 2}}, err: ErrDescriptor},
-	{name: "more than there is room for", t: codec.Open, sent: []message{{"\xff\xff\xff\x7f", 20}}, err: ErrDescriptor},
+	{name: "more than there is room for", t: codec.Open,
+		sent: []message{{"\xff\xff\xff\x7f", 20}}, err: ErrDescriptor},
 	{name: "descriptor with an errno", t: codec.Open, sent: []message{{"\xfe\xff\xff\xff", 1}}, err: ErrDescriptor},
 }
 
@@ -135,7 +143,8 @@ func TestAnswers(t *testing.T) {
 				if err != nil && a.FD >= 0 {
 					t.Errorf("descriptor %d with an error", a.FD)
 				}
-				if err == nil && (a.Errno != test.errno || string(a.Payload) != test.payload || (a.FD >= 0) != test.fd) {
+				if err == nil && (a.Errno != test.errno || string(a.Payload) != test.payload ||
+					(a.FD >= 0) != test.fd) {
 					t.Errorf("%v, %.80q, descriptor %d", a.Errno, a.Payload, a.FD)
 				}
 				f := a.File()
