@@ -12,9 +12,9 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// fakeServer answers every request by what answer writes, until that returns
-// false.
-func fakeServer(t *testing.T, answer func(to *net.UnixConn) bool) *program {
+// fakeServer returns the client's end of a connection whose requests are
+// answered by what answer writes, until that returns false.
+func fakeServer(t *testing.T, answer func(to *net.UnixConn) bool) (fd int) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -39,9 +39,7 @@ func fakeServer(t *testing.T, answer func(to *net.UnixConn) bool) *program {
 			}
 		}
 	}()
-	p := &program{name: "fake", clients: []*client{newClient(fds[0], anyCPU, 0)}}
-	t.Cleanup(p.stop)
-	return p
+	return fds[0]
 }
 
 func TestExchange(t *testing.T) {
@@ -79,7 +77,8 @@ func TestExchange(t *testing.T) {
 		{name: "a size that is none", req: lstat, answer: write([]byte("\x00\x00\x00\x00\xff\xff\xff\xff")), fails: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := fakeServer(t, test.answer)
+			p := &program{name: "fake", clients: []*client{newClient(fakeServer(t, test.answer), anyCPU, 0)}}
+			t.Cleanup(p.stop)
 			test.req.frame = touchRoot[0].frame
 			_, elapsed, err := p.exchange(func(int) []request { return []request{test.req, test.req} }, 0, true)
 			if (err != nil) != test.fails {

@@ -7,11 +7,11 @@ import (
 	"strconv"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
@@ -32,9 +32,9 @@ const hangDir = "hang"
 
 // neighbours are a program's connections that are not measured.
 type neighbours struct {
-	fds   []int
-	fs    *slowfs.FS // nil unless they hang
-	flood *flood     // nil unless one floods
+	clients []*qemu.Client
+	fs      *slowfs.FS // nil unless they hang
+	flood   *flood     // nil unless one floods
 }
 
 // mount mounts the file system that hangs. Where the host's mounts are private,
@@ -52,15 +52,15 @@ func (n *neighbours) mount(dir, backing string) (err error) {
 // hangThem has each neighbour ask for a file that never answers, and returns
 // when all hang in the file system.
 func (n *neighbours) hangThem() error {
-	for i, fd := range n.fds {
-		q := codec.Request{Path: codec.CString("//" + hangDir + "/" + strconv.Itoa(i) + "\x00")}
-		if _, err := unix.Write(fd, q.Append(nil, codec.Lstat)); err != nil {
+	for i, c := range n.clients {
+		q := codec.Request{Path: qemu.Path("//" + hangDir + "/" + strconv.Itoa(i))}
+		if err := c.Send(q.Append(nil, codec.Lstat)); err != nil {
 			return err
 		}
 	}
-	for deadline := time.Now().Add(patience); n.fs.Waiting() < len(n.fds); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); n.fs.Waiting() < len(n.clients); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%d of %d requests hang: see --workers of the helper", n.fs.Waiting(), len(n.fds))
+			return fmt.Errorf("%d of %d requests hang: see --workers of the helper", n.fs.Waiting(), len(n.clients))
 		}
 	}
 	return nil
@@ -72,18 +72,15 @@ func (n *neighbours) leave() (err error) {
 	if n.fs != nil {
 		hung := n.fs.Waiting()
 		err = n.fs.Close()
-		for i, fd := range n.fds[:min(hung, len(n.fds))] {
-			answer := make([]byte, codec.HeaderSize+codec.StatSize)
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience.Seconds())})
-			got, e := unix.Read(fd, answer)
-			if a, size := codec.ParseAnswer(codec.Lstat, answer[:max(got, 0)]); size <= 0 || a.Errno == 0 {
-				err = errors.Join(err, fmt.Errorf("released, request %d of %d that hung is answered %x, %v", i, hung, answer[:max(got, 0)], e))
+		for i, c := range n.clients[:min(hung, len(n.clients))] {
+			if a, e := c.Receive(codec.Lstat); e != nil || a.Errno == 0 {
+				err = errors.Join(err, fmt.Errorf("released, request %d of %d that hung is answered %x, %v", i, hung, a.Raw, e))
 				break
 			}
 		}
 	}
-	for _, fd := range n.fds {
-		unix.Close(fd)
+	for _, c := range n.clients {
+		c.Close()
 	}
 	if n.flood != nil {
 		unix.Close(n.flood.fd)
@@ -219,19 +216,22 @@ func connectOnce(name string) (elapsed int64, err error) {
 	}
 	address := &unix.SockaddrUnix{Name: name}
 	frame := touchRoot[0].frame
-	var answer [codec.HeaderSize + codec.StatSize]byte
+	client := qemu.NewBlocking(fd)
 	began := nanotime()
 	if err := unix.Connect(fd, address); err != nil {
 		return 0, fmt.Errorf("connecting to %s: %w", name, err)
 	}
-	_, _, e := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&frame[0])), uintptr(len(frame)))
-	if e != 0 {
-		return 0, e
+	if err := client.Send(frame); err != nil {
+		return 0, err
 	}
-	n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&answer[0])), uintptr(len(answer)))
+	err = client.Read(codec.Lstat)
 	elapsed = nanotime() - began
-	if e != 0 || int(n) != len(answer) {
-		return 0, fmt.Errorf("a new client is answered %d bytes: %w", n, e)
+	var a qemu.Answer
+	if err == nil {
+		a, err = client.Answer(codec.Lstat)
+	}
+	if err != nil || len(a.Payload) != codec.StatSize {
+		return 0, fmt.Errorf("a new client is answered %d bytes: %w", len(a.Payload), err)
 	}
 	return elapsed, nil
 }

@@ -48,13 +48,15 @@ func TestFloodCounts(t *testing.T) {
 		"twice":  func(to *net.UnixConn) bool { to.Write(stat); to.Write(stat); return true },
 		"no end": func(to *net.UnixConn) bool { return false },
 	} {
-		f := &flood{fd: fakeServer(t, answer).clients[0].fd, cpu: anyCPU}
+		f := &flood{fd: fakeServer(t, answer), cpu: anyCPU}
+		defer unix.Close(f.fd)
 		f.start()
 		if err := f.stop(); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	f := &flood{fd: fakeServer(t, func(to *net.UnixConn) bool { to.Write(stat); return true }).clients[0].fd, cpu: anyCPU}
+	f := &flood{fd: fakeServer(t, func(to *net.UnixConn) bool { to.Write(stat); return true }), cpu: anyCPU}
+	defer unix.Close(f.fd)
 	f.start()
 	if err := f.stop(); err != nil || f.answered < floodBatch {
 		t.Errorf("%v, %v answered", err, f.answered)

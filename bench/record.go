@@ -7,8 +7,7 @@ import (
 	"io"
 	"net"
 
-	"golang.org/x/sys/unix"
-
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -22,22 +21,22 @@ func record(ctx context.Context, file, listen, socket string) (err error) {
 	}
 	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
-	qemu, err := l.AcceptUnix()
+	vm, err := l.AcceptUnix()
 	if err != nil {
 		return err
 	}
-	defer qemu.Close()
+	defer vm.Close()
 	helper, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
 	if err != nil {
 		return err
 	}
 	defer helper.Close()
-	defer context.AfterFunc(ctx, func() { qemu.Close() })()
+	defer context.AfterFunc(ctx, func() { vm.Close() })()
 	trace, err := createTrace(file)
 	if err != nil {
 		return err
 	}
-	err = pass(qemu, helper, trace)
+	err = pass(vm, helper, trace)
 	if errors.Is(err, io.EOF) || ctx.Err() != nil {
 		err = nil // that is how recordings end
 	}
@@ -46,10 +45,10 @@ func record(ctx context.Context, file, listen, socket string) (err error) {
 
 // pass passes on one request after the other, each with its answer. The error
 // is io.EOF if QEMU has left between two requests.
-func pass(qemu, helper *net.UnixConn, trace *traceWriter) error {
+func pass(vm, helper *net.UnixConn, trace *traceWriter) error {
 	buf, oob := make([]byte, codec.MaxFrame), make([]byte, 64)
 	for {
-		if _, err := io.ReadFull(qemu, buf[:codec.HeaderSize]); err != nil {
+		if _, err := io.ReadFull(vm, buf[:codec.HeaderSize]); err != nil {
 			return err
 		}
 		t, size, err := codec.ParseHeader(buf)
@@ -57,7 +56,7 @@ func pass(qemu, helper *net.UnixConn, trace *traceWriter) error {
 			return err
 		}
 		n := codec.HeaderSize + size
-		if _, err := io.ReadFull(qemu, buf[codec.HeaderSize:n]); err != nil {
+		if _, err := io.ReadFull(vm, buf[codec.HeaderSize:n]); err != nil {
 			return err
 		}
 		if _, err = helper.Write(buf[:n]); err == nil {
@@ -88,20 +87,9 @@ func pass(qemu, helper *net.UnixConn, trace *traceWriter) error {
 		if err = trace.line(kind, buf[:n]); err != nil {
 			return err
 		}
-		if _, _, err = qemu.WriteMsgUnix(buf[:n], oob[:rights], nil); err != nil {
+		if _, _, err = vm.WriteMsgUnix(buf[:n], oob[:rights], nil); err != nil {
 			return err
 		}
-		closeRights(oob[:rights])
-	}
-}
-
-// closeRights closes the descriptors of a control message: our copies.
-func closeRights(oob []byte) {
-	messages, _ := unix.ParseSocketControlMessage(oob)
-	for _, m := range messages {
-		fds, _ := unix.ParseUnixRights(&m)
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
+		qemu.CloseRights(oob[:rights])
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 )
 
 // cHelper is where Debian puts the C helper.
@@ -135,11 +136,11 @@ func start(l launch) (p *program, err error) {
 		}
 	}
 	for range l.neighbours {
-		fd, err := dial(socket, 5*time.Second)
+		c, err := qemu.Dial(socket, patience)
 		if err != nil {
 			return p, fmt.Errorf("%s: %w%s", l.name, err, p.said())
 		}
-		p.others.fds = append(p.others.fds, fd)
+		p.others.clients = append(p.others.clients, c)
 	}
 	if l.hang {
 		if err := p.others.hangThem(); err != nil {
@@ -272,7 +273,7 @@ func (p *program) exchange(requests func(i int) []request, pause time.Duration, 
 	watchdog := time.AfterFunc(longest+30*time.Second, func() {
 		late.Store(true)
 		for _, c := range p.clients {
-			unix.Shutdown(c.fd, unix.SHUT_RDWR)
+			c.qemu.Shutdown()
 		}
 	})
 	defer watchdog.Stop()

@@ -98,7 +98,10 @@ type Answer struct {
 
 // ParseAnswer reads the answer to a request of type t from the front of b and
 // returns how many bytes it takes: 0 means that b does not hold all of it yet,
-// negative that no helper answers so.
+// negative that no helper answers so. It does not yield the thread: bench calls
+// it between two measurements.
+//
+//go:nosplit
 func ParseAnswer(t Type, b []byte) (a Answer, n int) {
 	if t.AnswersFD() {
 		if len(b) < 4 {

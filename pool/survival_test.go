@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/model"
 	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
@@ -44,131 +45,50 @@ func disturb(t *testing.T, what func(), every time.Duration) (count *atomic.Int3
 }
 
 // killer kills the server that a supervisor has now, if it has one.
-func killer(p *helpertest.Process) func() {
+func killer(p *helpertest.Process, events *model.Events) func() {
 	return func() {
 		for _, pid := range helpertest.Children(p.PID) {
-			unix.Kill(pid, unix.SIGKILL)
+			events.Kill(pid)
 		}
 	}
 }
 
-// vm is a client that knows what each of its answers has to be.
-type vm struct {
-	c    *helpertest.Client
-	dir  string // its own, as the guest says
-	host string // as the host says
-	n    int
-	eio  int // answers of requests that a server died over
-}
-
-// step makes, looks at, opens, renames and removes a file. Each answer is the
-// only right one, or EIO where a server may have died over a change; then the
-// host tells what has become of it.
-func (v *vm) step() error {
-	v.n++
-	name := fmt.Sprintf("%s/file%d", v.dir, v.n)
-	path, other := helpertest.Path(name), helpertest.Path(name+"-renamed")
-	mode := uint32(0o600 + v.n%0o100)
-	try := func(t codec.Type, q codec.Request, want unix.Errno) (helpertest.Answer, error) {
-		a, err := v.c.TryDo(t, q)
-		switch {
-		case err != nil:
-			return a, fmt.Errorf("%v %s: %w", t, q.Path.Text(), err)
-		case a.Errno == unix.EIO && want == 0:
-			v.eio++
-		case a.Errno != want:
-			return a, fmt.Errorf("%v %s: %v, want %v", t, q.Path.Text(), a.Errno, want)
-		}
-		return a, nil
-	}
-	exists := func(suffix string) bool {
-		_, err := os.Lstat(filepath.Join(v.host, fmt.Sprintf("file%d%s", v.n, suffix)))
-		return err == nil
-	}
-	a, err := try(codec.Create, codec.Request{Path: path, Flags: unix.O_RDWR | unix.O_CREAT | unix.O_EXCL, Mode: mode}, 0)
-	if err != nil {
-		return err
-	}
-	if a.Errno != 0 {
-		if !exists("") {
-			return nil
-		}
-	} else if _, err := fmt.Fprint(a.File, v.n); err != nil {
-		return err
-	} else {
-		a.File.Close()
-	}
-	if a, err = try(codec.Lstat, codec.Request{Path: path}, 0); err != nil {
-		return err
-	} else if a.Errno != 0 || a.Payload[24] != byte(mode) {
-		return fmt.Errorf("LSTAT %s: %v, %x, want mode %o", name, a.Errno, a.Payload, mode)
-	}
-	if a, err = try(codec.Open, codec.Request{Path: path}, 0); err != nil {
-		return err
-	} else if a.Errno != 0 {
-		return fmt.Errorf("OPEN %s: %w", name, a.Errno)
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(a.File.Fd()), &st); err != nil || uint32(st.Mode)&0o777 != mode {
-		return fmt.Errorf("OPEN %s: %v, mode %o", name, err, st.Mode)
-	}
-	a.File.Close()
-	if _, err = try(codec.Lstat, codec.Request{Path: helpertest.Path(name + "-none")}, unix.ENOENT); err != nil {
-		return err
-	}
-	if a, err = try(codec.Rename, codec.Request{Path: path, Other: other}, 0); err != nil {
-		return err
-	}
-	last := other
-	if !exists("-renamed") {
-		if a.Errno == 0 {
-			return fmt.Errorf("RENAME %s: answered, not done", name)
-		}
-		last = path
-	}
-	if a, err = try(codec.Remove, codec.Request{Path: last}, 0); err != nil {
-		return err
-	}
-	if gone := !exists("") && !exists("-renamed"); a.Errno == 0 && !gone {
-		return fmt.Errorf("REMOVE %s: answered, not done", name)
-	}
-	return nil
-}
-
-// run lets VMs work for d and returns how many steps they made, and how many
-// answers were EIO.
-func run(t *testing.T, name, dir string, vms int, d time.Duration) (steps, eio int) {
+// run lets VMs work for d and returns how many requests were answered, and how
+// many of them with EIO. Each answer is the only right one, or EIO where events
+// say that a server has died; after each the host has the same tree.
+func run(t *testing.T, name, dir string, events *model.Events, vms int, d time.Duration) (answers, eio int) {
 	t.Helper()
-	all := make(chan error)
-	list := make([]*vm, vms)
+	if err := model.MakeShared(dir); err != nil {
+		t.Fatal(err)
+	}
+	list := make([]*model.VM, vms)
 	for i := range list {
-		v := &vm{dir: fmt.Sprintf("//vm%d", i)}
-		v.host = filepath.Join(dir, v.dir)
-		if err := os.MkdirAll(v.host, 0o755); err != nil {
+		vm := fmt.Sprintf("vm%d", i)
+		if err := os.Mkdir(filepath.Join(dir, vm), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		v.c = helpertest.Dial(t, name)
+		v, err := model.NewVM(events, dir, vm, uint64(time.Now().UnixNano()), i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.Client, v.Thorough = helpertest.Dial(t, name).Client, true
 		list[i] = v
 	}
-	until := time.Now().Add(d)
+	var over atomic.Bool
+	time.AfterFunc(d, func() { over.Store(true) })
+	var all sync.WaitGroup
 	for _, v := range list {
-		go func() {
-			var err error
-			for err == nil && time.Now().Before(until) {
-				err = v.step()
+		all.Go(func() {
+			if err := errors.Join(v.Run(&over), v.Compare()); err != nil {
+				t.Errorf("%s: %v", v.Dir, err)
 			}
-			all <- err
-		}()
+		})
 	}
-	for range list {
-		if err := <-all; err != nil {
-			t.Error(err)
-		}
-	}
+	all.Wait()
 	for _, v := range list {
-		steps, eio = steps+v.n, eio+v.eio
+		eio += v.Errnos[unix.EIO]
 	}
-	return steps, eio
+	return int(events.Answered.Load()), eio
 }
 
 // Killed at any moment, the server comes back and no VM notices but by an EIO
@@ -176,11 +96,12 @@ func run(t *testing.T, name, dir string, vms int, d time.Duration) (steps, eio i
 func TestKilledServer(t *testing.T) {
 	dir := t.TempDir()
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	kills, _ := disturb(t, killer(p), 700*time.Millisecond)
-	steps, eio := run(t, name, dir, 4, 6*time.Second)
-	t.Logf("%d kills, %d steps, %d times EIO", kills.Load(), steps, eio)
-	if kills.Load() < 4 || steps < 100 {
-		t.Errorf("%d kills, %d steps: not much of a test", kills.Load(), steps)
+	var events model.Events
+	kills, _ := disturb(t, killer(p, &events), 700*time.Millisecond)
+	answers, eio := run(t, name, dir, &events, 4, 6*time.Second)
+	t.Logf("%d kills, %d answers, %d times EIO", kills.Load(), answers, eio)
+	if kills.Load() < 4 || answers < 600 {
+		t.Errorf("%d kills, %d answers: not much of a test", kills.Load(), answers)
 	}
 	if eio > 4*int(kills.Load()) {
 		t.Errorf("%d times EIO with %d kills: at most one for each VM and kill", eio, kills.Load())
@@ -195,14 +116,14 @@ func TestRenewedServer(t *testing.T) {
 	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
 	first := p.Server()
 	renewals, end := disturb(t, func() { unix.Kill(p.PID, unix.SIGHUP) }, 300*time.Millisecond)
-	steps, eio := run(t, name, dir, 4, 4*time.Second)
+	answers, eio := run(t, name, dir, new(model.Events), 4, 4*time.Second)
 	end() // there are two servers at times
-	t.Logf("%d renewals, %d steps", renewals.Load(), steps)
+	t.Logf("%d renewals, %d answers", renewals.Load(), answers)
 	if eio != 0 {
 		t.Errorf("%d times EIO", eio)
 	}
-	if renewals.Load() < 4 || steps < 100 || p.Server() == first {
-		t.Errorf("%d renewals, %d steps: not much of a test", renewals.Load(), steps)
+	if renewals.Load() < 4 || answers < 600 || p.Server() == first {
+		t.Errorf("%d renewals, %d answers: not much of a test", renewals.Load(), answers)
 	}
 	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
 }
@@ -270,7 +191,7 @@ func TestKilledPipeline(t *testing.T) {
 	dir := export(t)
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
 	c := helpertest.Dial(t, name)
-	kills, _ := disturb(t, killer(p), 600*time.Millisecond)
+	kills, _ := disturb(t, killer(p, new(model.Events)), 600*time.Millisecond)
 	value := make([]byte, 60_000)
 	long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
 	types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}

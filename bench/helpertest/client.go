@@ -1,37 +1,39 @@
 package helpertest
 
 import (
-	"errors"
-	"io"
-	"net"
 	"os"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/codec"
 )
 
-// Client is a Peer of a test, which ends it. It fails the test where Peer
-// returns an error.
+// Client is a qemu.Client that fails the test where that returns an error. The
+// test's end closes it.
 type Client struct {
-	*Peer
+	*qemu.Client
 	tb testing.TB
+}
+
+// Answer is an answer with its descriptor as a file.
+type Answer struct {
+	qemu.Answer
+	File *os.File // nil if there was none; the garbage collector closes it at the latest
 }
 
 // NewClient returns the client on its end of a connection, and owns f.
 func NewClient(tb testing.TB, f *os.File) *Client {
 	tb.Helper()
-	conn, err := net.FileConn(f)
-	f.Close()
+	c, err := qemu.Adopt(f, Patience)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return newClient(tb, newPeer(conn.(*net.UnixConn)))
+	return newClient(tb, c)
 }
 
-func newClient(tb testing.TB, c *Peer) *Client {
+func newClient(tb testing.TB, c *qemu.Client) *Client {
 	tb.Cleanup(c.Close)
 	return &Client{c, tb}
 }
@@ -39,23 +41,14 @@ func newClient(tb testing.TB, c *Peer) *Client {
 // Dial connects to a name.
 func Dial(tb testing.TB, name string) *Client {
 	tb.Helper()
-	c, err := TryDial(tb, name)
+	c, err := qemu.Dial(name, Patience)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return c
+	return newClient(tb, c)
 }
 
-// TryDial is Dial for goroutines of their own.
-func TryDial(tb testing.TB, name string) (*Client, error) {
-	c, err := DialPeer(name)
-	if err != nil {
-		return nil, err
-	}
-	return newClient(tb, c), nil
-}
-
-// Send sends bytes, whatever they are.
+// Send sends bytes, which need not be a frame.
 func (c *Client) Send(b []byte) {
 	c.tb.Helper()
 	if err := c.TrySend(b); err != nil {
@@ -63,7 +56,10 @@ func (c *Client) Send(b []byte) {
 	}
 }
 
-// Read is TryRead, which must not fail.
+// TrySend is Send for goroutines other than the test's.
+func (c *Client) TrySend(b []byte) error { return c.Client.Send(b) }
+
+// Read receives the answer to a request of type t.
 func (c *Client) Read(t codec.Type) Answer {
 	c.tb.Helper()
 	a, err := c.TryRead(t)
@@ -73,7 +69,13 @@ func (c *Client) Read(t codec.Type) Answer {
 	return a
 }
 
-// Do asks and reads the answer.
+// TryRead is Read for goroutines other than the test's.
+func (c *Client) TryRead(t codec.Type) (Answer, error) {
+	a, err := c.Receive(t)
+	return Answer{a, a.File()}, err
+}
+
+// Do sends a request and receives its answer.
 func (c *Client) Do(t codec.Type, q codec.Request) Answer {
 	c.tb.Helper()
 	a, err := c.TryDo(t, q)
@@ -83,7 +85,13 @@ func (c *Client) Do(t codec.Type, q codec.Request) Answer {
 	return a
 }
 
-// Want asks, and fails unless the answer is errno, or success if that is 0.
+// TryDo is Do for goroutines other than the test's.
+func (c *Client) TryDo(t codec.Type, q codec.Request) (Answer, error) {
+	a, err := c.Client.Do(t, q)
+	return Answer{a, a.File()}, err
+}
+
+// Want is Do, and fails unless the answer is errno, or success if that is 0.
 func (c *Client) Want(errno unix.Errno, t codec.Type, q codec.Request) Answer {
 	c.tb.Helper()
 	a := c.Do(t, q)
@@ -97,14 +105,10 @@ func (c *Client) Want(errno unix.Errno, t codec.Type, q codec.Request) Answer {
 // more before.
 func (c *Client) WantEOF() {
 	c.tb.Helper()
-	c.conn.SetReadDeadline(time.Now().Add(Patience))
-	b := make([]byte, 64)
-	n, err := c.conn.Read(b)
-	// A helper that closes with bytes unread resets the connection.
-	if n != 0 || err != io.EOF && !errors.Is(err, unix.ECONNRESET) {
-		c.tb.Errorf("read %x, %v: want the end of the connection", b[:n], err)
+	if err := c.Ended(); err != nil {
+		c.tb.Error(err)
 	}
 }
 
 // Path returns a path as QEMU sends that of a fid: with its NUL.
-func Path(s string) codec.CString { return codec.CString(s + "\x00") }
+func Path(s string) codec.CString { return qemu.Path(s) }

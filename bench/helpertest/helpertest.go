@@ -2,8 +2,7 @@
 // tests that look at it from the outside.
 //
 //	helpertest.go  the binaries; processes that a test starts and ends
-//	peer.go        what QEMU does on a connection
-//	client.go      the same, for tests
+//	client.go      QEMU's side of a connection: package qemu, for tests
 //	proc.go        what /proc says about a process
 //	user.go        an ordinary user to start them as
 //
@@ -18,7 +17,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,11 +24,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 )
 
 // Patience bounds every wait. It is no measure of speed: only what hangs takes
 // so long.
-const Patience = 60 * time.Second
+const Patience = qemu.Patience
 
 // CPath is where Debian puts the C helper, the reference for every answer.
 const CPath = "/usr/lib/qemu/virtfs-proxy-helper"
@@ -236,20 +237,9 @@ func (p *Process) stop() {
 		}
 		<-p.exited
 	}
-	if bad := Faults(p.Output()); bad != "" {
+	if bad := proc.Faults(p.Output()); bad != "" {
 		p.tb.Errorf("the helper printed:\n%s", bad)
 	}
-}
-
-var faults = regexp.MustCompile(`panic|DATA RACE|fatal error|goroutine \d+ \[`)
-
-// Faults returns what is from the first line on that tells of a fault in a Go
-// program.
-func Faults(output string) string {
-	if at := faults.FindStringIndex(output); at != nil {
-		return output[strings.LastIndexByte(output[:at[0]], '\n')+1:]
-	}
-	return ""
 }
 
 // Run runs a command to its end and returns its exit status and output. The

@@ -8,17 +8,12 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"virtfs-proxy-helper/bench/proc"
 )
 
 // Children returns the processes whose parent is pid.
-func Children(pid int) (pids []int) {
-	for _, p := range processes() {
-		if f := statFields(p); f != nil && f[3] == strconv.Itoa(pid) && f[2] != "Z" {
-			pids = append(pids, p)
-		}
-	}
-	return pids
-}
+func Children(pid int) []int { return proc.Children(pid) }
 
 // With returns the processes that have arg, whole, among their arguments.
 func With(arg string) (pids []int) {

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,18 @@ import (
 // Descendants returns the processes roots and all that descend from them, as
 // they are now, zombies left out.
 func Descendants(roots []int) []int {
+	children := children()
+	all := slices.Clone(roots)
+	for i := 0; i < len(all); i++ {
+		all = append(all, children[all[i]]...)
+	}
+	return all
+}
+
+// Children returns the processes whose parent is pid, zombies left out.
+func Children(pid int) []int { return children()[pid] }
+
+func children() map[int][]int {
 	children := map[int][]int{}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, name := range stats {
@@ -33,11 +46,7 @@ func Descendants(roots []int) []int {
 			children[ppid] = append(children[ppid], pid)
 		}
 	}
-	all := slices.Clone(roots)
-	for i := 0; i < len(all); i++ {
-		all = append(all, children[all[i]]...)
-	}
-	return all
+	return children
 }
 
 // CPUTime returns the CPU time in nanoseconds that the processes have used
@@ -164,4 +173,15 @@ func Descriptors(pids []int) (n int) {
 		n += len(entries)
 	}
 	return n
+}
+
+var faults = regexp.MustCompile(`panic|DATA RACE|fatal error|goroutine \d+ \[`)
+
+// Faults returns the part of a Go program's output that begins with the first
+// line of a fault.
+func Faults(output string) string {
+	if at := faults.FindStringIndex(output); at != nil {
+		return output[strings.LastIndexByte(output[:at[0]], '\n')+1:]
+	}
+	return ""
 }

@@ -1,21 +1,19 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/model"
 	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
@@ -35,66 +33,27 @@ var disturbances = []struct {
 	{"emfile", "the server gets no more descriptors for a while", (*soak).starve, 3 * time.Second, true},
 }
 
-// spans remembers when something went on.
-type spans struct {
-	mu   sync.Mutex
-	list []*[2]time.Time // from, to; to is zero if it goes on
-}
-
-// begin notes that it goes on until end is called.
-func (s *spans) begin() (end func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	span := &[2]time.Time{time.Now()}
-	s.list = append(s.list, span)
-	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		span[1] = time.Now()
-	}
-}
-
-// count returns how often it went on between from and to.
-func (s *spans) count(from, to time.Time) (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, span := range s.list {
-		if !span[0].After(to) && (span[1].IsZero() || !span[1].Before(from)) {
-			n++
-		}
-	}
-	return n
-}
-
 // server is one of the servers there are now; 0 if there is none.
 func (s *soak) server(rng *rand.Rand) int {
-	pids := helpertest.Children(s.supervisor.Process.Pid)
+	pids := proc.Children(s.supervisor.Process.Pid)
 	if len(pids) == 0 {
 		return 0
 	}
 	return pids[rng.IntN(len(pids))]
 }
 
-// kill kills a server and waits until it is dead: as long as one of its threads
-// lives it may answer.
 func (s *soak) kill(rng *rand.Rand) {
-	fd, err := unix.PidfdOpen(s.server(rng), 0)
-	if err != nil {
-		return // there is none
-	}
-	defer unix.Close(fd)
-	defer s.deaths.begin()()
-	if unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) != nil {
+	pid := s.server(rng)
+	if pid == 0 {
 		return
 	}
-	ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for end := time.Now().Add(helpertest.Patience); ready[0].Revents == 0; unix.Poll(ready, 1000) {
-		if time.Now().After(end) {
-			s.wrong("kill: the server does not die of SIGKILL")
-			return
-		}
+	killed, err := s.events.Kill(pid)
+	if err != nil {
+		s.wrong("kill: %v", err)
 	}
-	s.did("kill")
+	if killed {
+		s.did("kill")
+	}
 }
 
 func (s *soak) renew(*rand.Rand) {
@@ -105,15 +64,15 @@ func (s *soak) renew(*rand.Rand) {
 // cut is a client that does not behave. One in a few does: whatever happens,
 // new connections are served.
 func (s *soak) cut(rng *rand.Rand) {
-	c, err := helpertest.DialPeer(s.socket)
+	c, err := qemu.Dial(s.socket, qemu.Patience)
 	if err != nil {
 		s.wrong("cut: connect: %v", err)
 		return
 	}
 	defer c.Close()
-	root := codec.Request{Path: helpertest.Path("/shared")}
+	root := codec.Request{Path: qemu.Path("/shared")}
 	open, lstat := root.Append(nil, codec.Open), root.Append(nil, codec.Lstat)
-	long := codec.Request{Path: helpertest.Path("/shared/none"), Name: codec.CString("user.x"), Value: make([]byte, 60_000), Size: 1}
+	long := codec.Request{Path: qemu.Path("/shared/none"), Name: codec.CString("user.x"), Value: make([]byte, 60_000), Size: 1}
 	frame := long.Append(nil, codec.Lsetxattr)
 	send := func(b []byte) {
 		c.Conn().SetWriteDeadline(time.Now().Add(time.Second))
@@ -144,15 +103,14 @@ func (s *soak) cut(rng *rand.Rand) {
 			garbage[i] = byte(rng.Uint32()) | 0x80
 		}
 		send(garbage)
-		c.Conn().SetReadDeadline(time.Now().Add(helpertest.Patience))
-		if n, err := c.Conn().Read(make([]byte, 1)); n != 0 || err != io.EOF && !errors.Is(err, unix.ECONNRESET) {
-			s.wrong("cut: garbage %x is answered by %d bytes, %v", garbage, n, err)
+		if err := c.Ended(); err != nil {
+			s.wrong("cut: garbage %x is answered: %v", garbage, err)
 		}
 	default:
 		for range 3 {
 			sent := time.Now()
-			a, err := c.TryDo(codec.Lstat, root)
-			if err != nil || a.Errno != 0 && !(a.Errno == unix.EIO && s.deaths.count(sent, time.Now()) > 1) {
+			a, err := c.Do(codec.Lstat, root)
+			if err != nil || a.Errno != 0 && !(a.Errno == unix.EIO && s.events.Deaths.Count(sent, time.Now()) > 1) {
 				s.wrong("cut: LSTAT on a new connection: %v %v", a.Errno, err)
 			}
 		}
@@ -172,32 +130,32 @@ func (s *soak) hang(rng *rand.Rand) {
 	sent := time.Now()
 	s.hangs.Hold(slowfs.Lookups)
 	defer s.hangs.Release()
-	peers := make([]*helpertest.Peer, hung)
+	peers := make([]*qemu.Client, hung)
 	for i := range peers {
-		c, err := helpertest.DialPeer(s.socket)
+		c, err := qemu.Dial(s.socket, qemu.Patience)
 		if err != nil {
 			s.wrong("hang: connect: %v", err)
 			return
 		}
 		defer c.Close()
 		peers[i] = c
-		q := codec.Request{Path: helpertest.Path(fmt.Sprintf("/hung/%d", i))}
-		if err := c.TrySend(q.Append(nil, codec.Lstat)); err != nil {
+		q := codec.Request{Path: qemu.Path(fmt.Sprintf("/hung/%d", i))}
+		if err := c.Send(q.Append(nil, codec.Lstat)); err != nil {
 			s.wrong("hang: send: %v", err)
 		}
 	}
 	if !eventually(func() bool { return s.hangs.Waiting() == hung }) {
 		s.wrong("hang: %d requests have come to the file system of %d", s.hangs.Waiting(), hung)
 	}
-	before := s.answered.Load()
-	if !eventually(func() bool { return s.answered.Load() > before+100 || s.over.Load() }) {
+	before := s.events.Answered.Load()
+	if !eventually(func() bool { return s.events.Answered.Load() > before+100 || s.over.Load() }) {
 		s.wrong("hang: nobody else is served meanwhile")
 	}
 	time.Sleep(time.Duration(rng.Int64N(int64(time.Second))))
 	s.hangs.Release()
 	for i, c := range peers {
-		a, err := c.TryRead(codec.Lstat)
-		if twice := s.deaths.count(sent, time.Now()) > 1; err != nil || a.Errno != unix.ENOENT && !(twice && a.Errno == unix.EIO) {
+		a, err := c.Receive(codec.Lstat)
+		if twice := s.events.Deaths.Count(sent, time.Now()) > 1; err != nil || a.Errno != unix.ENOENT && !(twice && a.Errno == unix.EIO) {
 			s.wrong("hang: request %d is answered by %v, %v", i, a.Errno, err)
 			return
 		}
@@ -209,7 +167,7 @@ func (s *soak) hang(rng *rand.Rand) {
 // starts could not.
 func (s *soak) starve(rng *rand.Rand) {
 	pid := s.server(rng)
-	defer s.poverty.begin()()
+	defer s.events.Poverty.Begin()()
 	var old unix.Rlimit
 	if pid == 0 || proc.Descriptors([]int{pid}) <= s.vms || unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old) != nil {
 		return
@@ -222,12 +180,6 @@ func (s *soak) starve(rng *rand.Rand) {
 	s.did("emfile")
 }
 
-// tmpfs and its room for inodes.
-const (
-	tmpfs       fsKind = 0x01021994
-	tmpfsInodes        = 24
-)
-
 // fill mounts file systems with little room on the directories of some VMs:
 // each eighth one gets a tmpfs, and each eighth one a subvolume with a quota of
 // a btrfs in a file.
@@ -236,7 +188,7 @@ func (s *soak) fill(dirs []string) error {
 	for i, dir := range dirs {
 		switch i % 8 {
 		case 3:
-			if err := s.mount("tmpfs", filepath.Join(s.export, dir), "tmpfs", fmt.Sprintf("mode=0755,size=64k,nr_inodes=%d", tmpfsInodes)); err != nil {
+			if err := s.mount("tmpfs", filepath.Join(s.export, dir), "tmpfs", fmt.Sprintf("mode=0755,size=64k,nr_inodes=%d", model.TmpfsInodes)); err != nil {
 				return err
 			}
 		case 6:
@@ -284,7 +236,7 @@ func (s *soak) mount(source, at, kind, options string) error {
 
 // eventually waits until ok says true, up to Patience.
 func eventually(ok func() bool) bool {
-	for end := time.Now().Add(helpertest.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(qemu.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			return false
 		}

@@ -4,12 +4,9 @@
 // answers say, and has the helper given back all it took?
 //
 //	soak.go      options, phases, report
-//	vm.go        a VM: asks, and judges each answer and each descriptor
-//	model.go     what a VM's directory must be
-//	answers.go   what each answer must be
-//	requests.go  requests, made up from a seed
 //	disturb.go   what happens meanwhile
 //
+// VMs and what they must be answered are those of package model.
 // It looks at the helper from outside: a goroutine that leaks is seen by its
 // thread or its memory only. The tests within a process count goroutines.
 package main
@@ -36,7 +33,9 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/model"
+	"virtfs-proxy-helper/bench/proc"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
@@ -61,11 +60,9 @@ type soak struct {
 	exited              chan struct{} // closed when the supervisor has ended
 	failed              chan struct{} // gets something when a fault is noted
 
-	over     atomic.Bool // the VMs end
-	late     atomic.Bool // the last quarter
-	answered atomic.Int64
-	deaths   spans // of servers
-	poverty  spans // of descriptors
+	over   atomic.Bool // the VMs end
+	late   atomic.Bool // the last quarter
+	events model.Events
 
 	mu     sync.Mutex
 	done   map[string]int // disturbances
@@ -145,7 +142,7 @@ func (s *soak) run() (err error) {
 	defer func() { err = errors.Join(err, s.cleanUp()) }()
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM)
-	time.AfterFunc(s.time()+5*helpertest.Patience, func() { s.abort("it hangs") })
+	time.AfterFunc(s.time()+5*qemu.Patience, func() { s.abort("it hangs") })
 	fmt.Printf("soak: %d VMs for %d s, disturbed by %s; --seed %d\n", s.vms, s.seconds, strings.Join(s.disturb, ","), s.seed)
 	vms, err := s.prepare()
 	if err != nil {
@@ -166,7 +163,7 @@ func (s *soak) run() (err error) {
 }
 
 // prepare makes the export, all mounts in it, and the VMs.
-func (s *soak) prepare() (vms []*vm, err error) {
+func (s *soak) prepare() (vms []*model.VM, err error) {
 	if s.dir, err = os.MkdirTemp("", "soak-"); err != nil {
 		return nil, err
 	}
@@ -174,7 +171,7 @@ func (s *soak) prepare() (vms []*vm, err error) {
 	if err := os.Mkdir(s.export, 0o755); err != nil {
 		return nil, err
 	}
-	if err := makeShared(filepath.Join(s.export, "shared")); err != nil {
+	if err := model.MakeShared(s.export); err != nil {
 		return nil, err
 	}
 	var dirs []string
@@ -199,37 +196,13 @@ func (s *soak) prepare() (vms []*vm, err error) {
 		}
 	}
 	for i, dir := range dirs {
-		v, err := newVM(s, i, dir)
+		v, err := model.NewVM(&s.events, s.export, dir, s.seed, i)
 		if err != nil {
 			return nil, err
 		}
 		vms = append(vms, v)
 	}
 	return vms, nil
-}
-
-const sharedText = "what all VMs read\n"
-
-func makeShared(dir string) error {
-	err := errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(filepath.Join(dir, "dir"), 0o755))
-	for _, name := range []string{"file", "dir/inner"} {
-		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), []byte(sharedText), 0o644))
-	}
-	return errors.Join(err, os.Symlink("file", filepath.Join(dir, "link")))
-}
-
-// sharedTree is what makeShared has made.
-func sharedTree() *node {
-	file := func() *node {
-		n := newNode(unix.S_IFREG|0o644, 0, 0)
-		n.data = sharedText
-		return n
-	}
-	shared, dir, link := newNode(unix.S_IFDIR|0o755, 0, 0), newNode(unix.S_IFDIR|0o755, 0, 0), newNode(unix.S_IFLNK|0o777, 0, 0)
-	link.data = "file"
-	dir.entries["inner"] = file()
-	shared.entries["file"], shared.entries["dir"], shared.entries["link"] = file(), dir, link
-	return shared
 }
 
 // startHelper returns when a first client has been served, and has left.
@@ -251,12 +224,12 @@ func (s *soak) startHelper() error {
 		close(s.exited)
 	}()
 	served := eventually(func() bool {
-		c, err := helpertest.DialPeer(s.socket)
+		c, err := qemu.Dial(s.socket, qemu.Patience)
 		if err != nil {
 			return s.ended()
 		}
 		defer c.Close()
-		a, err := c.TryDo(codec.Lstat, codec.Request{Path: helpertest.Path("/shared")})
+		a, err := c.Do(codec.Lstat, codec.Request{Path: qemu.Path("/shared")})
 		return err == nil && a.Errno == 0
 	})
 	if !served || s.ended() {
@@ -283,19 +256,19 @@ func (s *soak) log() []byte {
 }
 
 // work has the VMs work for the given time, under disturbance.
-func (s *soak) work(vms []*vm, interrupted <-chan os.Signal) error {
+func (s *soak) work(vms []*model.VM, interrupted <-chan os.Signal) error {
 	for _, v := range vms {
 		var err error
-		if v.peer, err = helpertest.DialPeer(s.socket); err != nil {
+		if v.Client, err = qemu.Dial(s.socket, qemu.Patience); err != nil {
 			return err
 		}
-		defer v.peer.Close()
+		defer v.Client.Close()
 	}
 	var all sync.WaitGroup
 	for _, v := range vms {
 		all.Go(func() {
-			if err := v.run(&s.over); err != nil {
-				s.wrong("%s: %v", v.dir, err)
+			if err := v.Run(&s.over); err != nil {
+				s.wrong("%s: %v", v.Dir, err)
 			}
 		})
 	}
@@ -338,15 +311,11 @@ wait:
 	return err
 }
 
-func (s *soak) checkTrees(vms []*vm) {
+func (s *soak) checkTrees(vms []*model.VM) {
 	for _, v := range vms {
-		if err := v.worlds[0].tree(v).compare(v.host, v.kind, map[uint64]*node{}); err != nil {
-			s.wrong("%s: its tree: %v", v.dir, err)
+		if err := v.Compare(); err != nil {
+			s.wrong("%s: its tree: %v", v.Dir, err)
 		}
-	}
-	v := vms[0]
-	if err := v.worlds[0].root.entries["shared"].compare(filepath.Join(s.export, "shared"), v.export, map[uint64]*node{}); err != nil {
-		s.wrong("what all read: %v", err)
 	}
 }
 
@@ -359,18 +328,18 @@ func (s *soak) checkLeaks(before cost) (after cost) {
 			after.threads <= before.threads+moreThreads && after.memory <= before.memory+moreMemory
 	})
 	if !ok {
-		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v", helpertest.Children(s.supervisor.Process.Pid), after, before)
+		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v", proc.Children(s.supervisor.Process.Pid), after, before)
 	}
 	return after
 }
 
 // checkEnd ends the helper.
 func (s *soak) checkEnd() {
-	servers := helpertest.Children(s.supervisor.Process.Pid)
+	servers := proc.Children(s.supervisor.Process.Pid)
 	s.supervisor.Process.Signal(unix.SIGTERM)
 	select {
 	case <-s.exited:
-	case <-time.After(helpertest.Patience):
+	case <-time.After(qemu.Patience):
 		s.wrong("the helper does not end on SIGTERM")
 		return
 	}
@@ -389,7 +358,7 @@ func (s *soak) checkEnd() {
 		s.wrong("names are left: %q", left)
 	}
 	log := string(s.log())
-	if fault := helpertest.Faults(log); fault != "" {
+	if fault := proc.Faults(log); fault != "" {
 		s.wrong("the helper has printed:\n%s", fault)
 	}
 	for line := range strings.Lines(log) {
@@ -399,16 +368,16 @@ func (s *soak) checkEnd() {
 	}
 }
 
-func (s *soak) report(vms []*vm, before, after cost) {
+func (s *soak) report(vms []*model.VM, before, after cost) {
 	var answers [codec.NumTypes]int
 	errnos, doubts, sum := map[unix.Errno]int{}, 0, 0
 	for _, v := range vms {
-		doubts += v.doubts
-		for t, n := range v.answers {
+		doubts += v.Doubts
+		for t, n := range v.Answers {
 			answers[t] += n
 			sum += n
 		}
-		for errno, n := range v.errnos {
+		for errno, n := range v.Errnos {
 			errnos[errno] += n
 		}
 	}
@@ -432,7 +401,7 @@ func (s *soak) report(vms []*vm, before, after cost) {
 // cleanUp leaves nothing behind.
 func (s *soak) cleanUp() (err error) {
 	if s.supervisor != nil && !s.ended() {
-		for _, pid := range append(helpertest.Children(s.supervisor.Process.Pid), s.supervisor.Process.Pid) {
+		for _, pid := range append(proc.Children(s.supervisor.Process.Pid), s.supervisor.Process.Pid) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		<-s.exited

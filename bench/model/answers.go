@@ -1,4 +1,4 @@
-package main
+package model
 
 import (
 	"encoding/binary"
@@ -23,6 +23,12 @@ const (
 	reiserfs fsKind = 0x52654973
 )
 
+// tmpfs, and the room for inodes that a full one must have.
+const (
+	tmpfs       fsKind = 0x01021994
+	TmpfsInodes        = 24
+)
+
 // versions tells that GETVERSION has an answer there.
 func (k fsKind) versions() bool { return k == ext || k == btrfs || k == xfs || k == reiserfs }
 
@@ -34,11 +40,11 @@ type want struct {
 }
 
 // apply does a request in the world and returns what its answer must be.
-func (w *world) apply(r *request, v *vm) want {
+func (w *world) apply(r *request, v *VM) want {
 	path, other := text(r.q.Path), text(r.q.Other)
 	q := &r.q
 	switch {
-	case r.t == codec.GetVersion && !v.export.versions():
+	case r.t == codec.GetVersion && !v.around.versions():
 		return exactly(codec.AppendVersion(nil, 0))
 	case r.short:
 		return want{errno: unix.ENOBUFS}

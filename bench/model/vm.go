@@ -1,9 +1,8 @@
-package main
+package model
 
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,38 +11,48 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/qemu"
 	"virtfs-proxy-helper/codec"
 )
 
-// vm is a synthetic VM: a connection, a directory of its own in the export, and
+// VM is a synthetic VM: a connection, a directory of its own in the export, and
 // what its answers and that directory must be.
-type vm struct {
-	soak   *soak
-	index  int
-	dir    string // in the export
-	host   string // the same on the host
-	kind   fsKind // of the file system there
-	export fsKind // and of the export's own
+type VM struct {
+	Client *qemu.Client // is to be set before Run
+	Dir    string       // in the export
+	// Thorough compares the tree after each batch, not only where an answer
+	// leaves it open what has been done.
+	Thorough bool
 
-	peer   *helpertest.Peer
+	Answers [codec.NumTypes]int
+	Errnos  map[unix.Errno]int
+	Doubts  int // batches whose outcome only the tree shows
+
+	events *Events
+	export string // on the host
+	kind   fsKind // of the file system of Dir
+	around fsKind // of the export's own
 	gen    *generator
 	worlds []*world // that may be: one, but within a batch that a server has died over
-
-	answers [codec.NumTypes]int
-	errnos  map[unix.Errno]int
-	doubts  int // batches whose outcome only the tree tells
 }
 
-// newVM makes a VM of a directory that is there and empty.
-func newVM(s *soak, index int, dir string) (*vm, error) {
-	v := &vm{soak: s, index: index, dir: dir, host: filepath.Join(s.export, dir), errnos: map[unix.Errno]int{}}
-	v.gen = newGenerator(s.seed, index, dir)
+// Events are what VMs need to know of others: when an answer may be EIO or
+// EMFILE, and how many answers have come to all of them.
+type Events struct {
+	Deaths   Spans // of servers
+	Poverty  Spans // of descriptors
+	Answered atomic.Int64
+}
+
+// NewVM returns a VM of a directory of the export, which is there and empty.
+// MakeShared has been called there.
+func NewVM(events *Events, export, dir string, seed uint64, index int) (*VM, error) {
+	v := &VM{Dir: dir, Errnos: map[unix.Errno]int{}, events: events, export: export, gen: newGenerator(seed, index, dir)}
 	var err error
-	if v.kind, err = kindOf(v.host); err != nil {
+	if v.kind, err = kindOf(filepath.Join(export, dir)); err != nil {
 		return nil, err
 	}
-	if v.export, err = kindOf(s.export); err != nil {
+	if v.around, err = kindOf(export); err != nil {
 		return nil, err
 	}
 	// The root itself is not looked at: it stands for what is not this VM's.
@@ -62,18 +71,31 @@ func kindOf(dir string) (fsKind, error) {
 	return fsKind(st.Type), nil
 }
 
-func (v *vm) kindOf(path string) fsKind {
-	if split(path)[0] == v.dir {
+func (v *VM) kindOf(path string) fsKind {
+	if split(path)[0] == v.Dir {
 		return v.kind
 	}
-	return v.export
+	return v.around
 }
 
 // tree is what the VM's directory must be.
-func (w *world) tree(v *vm) *node { return w.root.entries[v.dir] }
+func (w *world) tree(v *VM) *node { return w.root.entries[v.Dir] }
 
-// run asks until the time is over. An error names the request.
-func (v *vm) run(over *atomic.Bool) error {
+// compare compares the VM's directory with what it must be in w.
+func (v *VM) compare(w *world) error {
+	return w.tree(v).compare(filepath.Join(v.export, v.Dir), v.kind, map[uint64]*node{})
+}
+
+// Compare compares the VM's directory with what its answers say, and what all
+// VMs read with what MakeShared has made.
+func (v *VM) Compare() error {
+	shared := v.worlds[0].root.entries["shared"]
+	return errors.Join(v.compare(v.worlds[0]),
+		shared.compare(filepath.Join(v.export, "shared"), v.around, map[uint64]*node{}))
+}
+
+// Run asks until the time is over. An error names the request.
+func (v *VM) Run(over *atomic.Bool) error {
 	for !over.Load() {
 		batch := make([]*request, 1)
 		if v.gen.oneIn(4) { // several at once: answers come in their order
@@ -89,12 +111,12 @@ func (v *vm) run(over *atomic.Bool) error {
 			at = v.gen.IntN(len(frames))
 		}
 		sent := time.Now()
-		if err := errors.Join(v.peer.TrySend(frames[:at]), v.peer.TrySend(frames[at:])); err != nil {
+		if err := errors.Join(v.Client.Send(frames[:at]), v.Client.Send(frames[at:])); err != nil {
 			return fmt.Errorf("%v: send: %w", batch[0], err)
 		}
 		eio := 0
 		for _, r := range batch {
-			a, err := v.peer.TryRead(r.t)
+			a, err := v.Client.Receive(r.t)
 			if err != nil {
 				return fmt.Errorf("%v: no answer: %w", r, err)
 			}
@@ -105,7 +127,7 @@ func (v *vm) run(over *atomic.Bool) error {
 				eio++
 			}
 		}
-		if n := v.soak.deaths.count(sent, time.Now()); eio > n {
+		if n := v.events.Deaths.Count(sent, time.Now()); eio > n {
 			return fmt.Errorf("%v and those sent with it: %d times EIO, with %d deaths", batch[0], eio, n)
 		}
 		if err := v.settle(); err != nil {
@@ -119,20 +141,19 @@ func (v *vm) run(over *atomic.Bool) error {
 }
 
 // silent finds an answer too many.
-func (v *vm) silent() error {
-	v.peer.Conn().SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-	n, err := v.peer.Conn().Read(make([]byte, 1))
-	if timeout := net.Error(nil); n == 0 && errors.As(err, &timeout) && timeout.Timeout() {
-		return nil
+func (v *VM) silent() error {
+	if err := v.Client.Silent(10 * time.Millisecond); err != nil {
+		return fmt.Errorf("all is answered: %w", err)
 	}
-	return fmt.Errorf("all is answered, and %d bytes more come: %v", n, err)
+	return nil
 }
 
 // judge keeps the worlds where the answer is right.
-func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
-	v.soak.answered.Add(1)
-	v.answers[r.t]++
-	v.errnos[a.Errno]++
+func (v *VM) judge(r *request, a qemu.Answer, sent time.Time) error {
+	v.events.Answered.Add(1)
+	v.Answers[r.t]++
+	v.Errnos[a.Errno]++
+	file := a.File()
 	var left []*world
 	var wrong error
 	for _, w := range v.worlds {
@@ -144,7 +165,7 @@ func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
 		switch err := want.judge(a); {
 		case err == nil:
 			if want.node != nil {
-				w.opened = append(w.opened, opened{a.File, want.node, r})
+				w.opened = append(w.opened, opened{file, want.node, r})
 			}
 			left = append(left, w)
 		case done && want.errno == 0:
@@ -160,7 +181,7 @@ func (v *vm) judge(r *request, a helpertest.Answer, sent time.Time) error {
 	return nil
 }
 
-func (w *want) judge(a helpertest.Answer) error {
+func (w *want) judge(a qemu.Answer) error {
 	switch {
 	case a.Errno != w.errno:
 		return fmt.Errorf("%v (%d), want %v (%d)", a.Errno, a.Errno, w.errno, w.errno)
@@ -174,25 +195,25 @@ func (w *want) judge(a helpertest.Answer) error {
 
 // excused tells that a disturbance may have made this the answer in world w,
 // with the request not done, or done all the same.
-func (v *vm) excused(w *world, r *request, errno unix.Errno, sent time.Time) (undone, done bool) {
+func (v *VM) excused(w *world, r *request, errno unix.Errno, sent time.Time) (undone, done bool) {
 	now := time.Now()
 	switch errno {
 	case unix.EIO:
-		deaths := v.soak.deaths.count(sent, now)
+		deaths := v.events.Deaths.Count(sent, now)
 		if repeatable(r) { // the second server that dies over it is the last
 			return deaths >= 2, false
 		}
 		return deaths >= 1, deaths >= 1
 	case unix.EMFILE, unix.ETOOMANYREFS: // the latter counts descriptors under way
 		opens := r.t == codec.Open || r.t == codec.Create || r.t == codec.GetVersion
-		poor := opens && v.soak.poverty.count(sent, now) > 0
+		poor := opens && v.events.Poverty.Count(sent, now) > 0
 		return poor, poor
 	case unix.ENOSPC:
 		// As tmpfs counts, attributes take room of inodes, less than one each.
 		t := w.tree(v)
-		return v.kind == tmpfs && t.names()+len(t.xattrs)+len(w.opened)+4 > tmpfsInodes, false
+		return v.kind == tmpfs && t.names()+len(t.xattrs)+len(w.opened)+4 > TmpfsInodes, false
 	case unix.EDQUOT:
-		return v.kind == btrfs && v.kind != v.export, false
+		return v.kind == btrfs && v.kind != v.around, false
 	}
 	return false, false
 }
@@ -208,12 +229,12 @@ func repeatable(r *request) bool {
 
 // settle finds out which world it is once all is answered, and looks at the
 // descriptors that have come.
-func (v *vm) settle() error {
+func (v *VM) settle() error {
 	if len(v.worlds) > 1 {
-		v.doubts++
+		v.Doubts++
 		var all []error
 		for _, w := range v.worlds {
-			err := w.tree(v).compare(v.host, v.kind, map[uint64]*node{})
+			err := v.compare(w)
 			if err == nil {
 				all, v.worlds = nil, []*world{w}
 				break
@@ -225,6 +246,11 @@ func (v *vm) settle() error {
 		}
 	}
 	w := v.worlds[0]
+	if v.Thorough {
+		if err := v.compare(w); err != nil {
+			return err
+		}
+	}
 	for _, o := range w.opened {
 		if err := v.look(o); err != nil {
 			return fmt.Errorf("the descriptor of %v: %w", o.r, err)
@@ -237,7 +263,7 @@ func (v *vm) settle() error {
 
 // look compares a descriptor with what it must be, writes by it if it can, and
 // reads back what is there.
-func (v *vm) look(o opened) error {
+func (v *VM) look(o opened) error {
 	n, fd := o.node, int(o.fd.Fd())
 	kind := v.kindOf(text(o.r.q.Path))
 	var st unix.Stat_t
@@ -261,7 +287,7 @@ func (v *vm) look(o opened) error {
 		return errors.Join(err, n.listed(entries))
 	}
 	if flags&unix.O_ACCMODE != unix.O_RDONLY {
-		at, line := 0, strings.Repeat(fmt.Sprintf("%s, request %d\n", v.dir, o.r.n), 1+o.r.n%3)
+		at, line := 0, strings.Repeat(fmt.Sprintf("%s, request %d\n", v.Dir, o.r.n), 1+o.r.n%3)
 		if flags&unix.O_APPEND != 0 {
 			at = len(n.data)
 		}

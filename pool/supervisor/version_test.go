@@ -1,4 +1,4 @@
-package main
+package supervisor_test
 
 import (
 	"os/exec"
@@ -14,7 +14,7 @@ func TestVersion(t *testing.T) {
 		{"", "virtfs-proxy-helper (devel)\n"},
 	} {
 		program := filepath.Join(t.TempDir(), "virtfs-proxy-helper")
-		build := exec.Command("go", "build", "-buildvcs=false", "-ldflags", test.ldflags, "-o", program, ".")
+		build := exec.Command("go", "build", "-buildvcs=false", "-ldflags", test.ldflags, "-o", program, "virtfs-proxy-helper")
 		if out, err := build.CombinedOutput(); err != nil {
 			t.Fatalf("go build: %v\n%s", err, out)
 		}

@@ -1,6 +1,17 @@
-package main
+// Package model says what a file system should answer to requests: the VMs of
+// the soak and of pool's tests send requests that are made up from a seed, and
+// compare each answer, each descriptor and the tree with a model of it. Each
+// answer must be the only right one, or an error that a disturbance explains.
+//
+//	vm.go        a VM: asks, and judges each answer and each descriptor
+//	model.go     what a VM's directory must be
+//	answers.go   what each answer must be
+//	requests.go  requests, made up from a seed
+//	spans.go     when servers have died, and had no room for descriptors
+package model
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -103,6 +114,32 @@ func (w *world) clone() *world {
 		w2.opened = append(w2.opened, opened{o.fd, copyOf(o.node), o.r})
 	}
 	return w2
+}
+
+const sharedText = "what all VMs read\n"
+
+// MakeShared makes the directory of an export that all VMs read.
+func MakeShared(export string) error {
+	dir := filepath.Join(export, "shared")
+	err := errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(filepath.Join(dir, "dir"), 0o755))
+	for _, name := range []string{"file", "dir/inner"} {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), []byte(sharedText), 0o644))
+	}
+	return errors.Join(err, os.Symlink("file", filepath.Join(dir, "link")))
+}
+
+// sharedTree is what MakeShared has made.
+func sharedTree() *node {
+	file := func() *node {
+		n := newNode(unix.S_IFREG|0o644, 0, 0)
+		n.data = sharedText
+		return n
+	}
+	shared, dir, link := newNode(unix.S_IFDIR|0o755, 0, 0), newNode(unix.S_IFDIR|0o755, 0, 0), newNode(unix.S_IFLNK|0o777, 0, 0)
+	link.data = "file"
+	dir.entries["inner"] = file()
+	shared.entries["file"], shared.entries["dir"], shared.entries["link"] = file(), dir, link
+	return shared
 }
 
 // place is where a path leads: a name in a directory. node is nil if there is
