@@ -43,10 +43,10 @@ func disturb(t *testing.T, what func(), every time.Duration) (count *atomic.Int3
 	return &n, end
 }
 
-// killer kills the server that a supervisor has now, if it has one.
-func killer(p *helpertest.Process) func() {
+// killer kills the server that a helper has now, if it has one.
+func killer(h *helpertest.Helper) func() {
 	return func() {
-		for _, pid := range helpertest.Children(p.PID) {
+		for _, pid := range h.Servers() {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 	}
@@ -135,26 +135,35 @@ func (v *vm) step() error {
 	return nil
 }
 
-// run lets VMs work for d and returns how many steps they made, and how many
-// answers were EIO.
-func run(t *testing.T, name, dir string, vms int, d time.Duration) (steps, eio int) {
+// run lets as many VMs as there can be, of four, work until enough says so, and
+// returns how many steps they made, and how many answers were EIO.
+func run(t *testing.T, h *helpertest.Helper, enough func(steps int) bool) (steps, eio int) {
 	t.Helper()
+	vms := 4
+	if helpertest.ManyVMs(h.Way) != "" {
+		vms = 1
+	}
 	all := make(chan error)
 	list := make([]*vm, vms)
 	for i := range list {
-		v := &vm{dir: fmt.Sprintf("//vm%d", i)}
-		v.host = filepath.Join(dir, v.dir)
-		if err := os.MkdirAll(v.host, 0o755); err != nil {
+		v := &vm{c: h.Dial(), dir: fmt.Sprintf("//vm%d", i)}
+		v.host = filepath.Join(h.Export, v.dir)
+		// Not by a request: a server may die over that.
+		if err := errors.Join(os.Mkdir(v.host, 0o755), os.Chown(v.host, h.Way.UID(), h.Way.UID())); err != nil {
 			t.Fatal(err)
 		}
-		v.c = helpertest.Dial(t, name)
 		list[i] = v
 	}
-	until := time.Now().Add(d)
+	until := time.Now().Add(helpertest.Patience)
+	var total atomic.Int32
 	for _, v := range list {
 		go func() {
 			var err error
-			for err == nil && time.Now().Before(until) {
+			for err == nil && !enough(int(total.Add(1))) {
+				if time.Now().After(until) {
+					err = errors.New("it takes too long")
+					break
+				}
 				err = v.step()
 			}
 			all <- err
@@ -174,37 +183,41 @@ func run(t *testing.T, name, dir string, vms int, d time.Duration) (steps, eio i
 // Killed at any moment, the server comes back and no VM notices but by an EIO
 // where the last server may have begun a change.
 func TestKilledServer(t *testing.T) {
-	dir := t.TempDir()
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	kills, _ := disturb(t, killer(p), 700*time.Millisecond)
-	steps, eio := run(t, name, dir, 4, 6*time.Second)
-	t.Logf("%d kills, %d steps, %d times EIO", kills.Load(), steps, eio)
-	if kills.Load() < 4 || steps < 100 {
-		t.Errorf("%d kills, %d steps: not much of a test", kills.Load(), steps)
-	}
-	if eio > 4*int(kills.Load()) {
-		t.Errorf("%d times EIO with %d kills: at most one for each VM and kill", eio, kills.Load())
-	}
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		kills, _ := disturb(t, killer(h), 700*time.Millisecond)
+		steps, eio := run(t, h, func(steps int) bool { return kills.Load() >= 4 && steps >= 200 })
+		t.Logf("%d kills, %d steps, %d times EIO", kills.Load(), steps, eio)
+		if eio > 4*int(kills.Load()) {
+			t.Errorf("%d times EIO with %d kills: at most one for each VM and kill", eio, kills.Load())
+		}
+	})
 }
 
 // SIGHUP moves all VMs to a new server, and none notices at all.
 func TestRenewedServer(t *testing.T) {
-	dir := t.TempDir()
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	idle := helpertest.Dial(t, name)
-	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
-	first := p.Server()
-	renewals, end := disturb(t, func() { unix.Kill(p.PID, unix.SIGHUP) }, 300*time.Millisecond)
-	steps, eio := run(t, name, dir, 4, 4*time.Second)
-	end() // there are two servers at times
-	t.Logf("%d renewals, %d steps", renewals.Load(), steps)
-	if eio != 0 {
-		t.Errorf("%d times EIO", eio)
-	}
-	if renewals.Load() < 4 || steps < 100 || p.Server() == first {
-		t.Errorf("%d renewals, %d steps: not much of a test", renewals.Load(), steps)
-	}
-	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		var idle *helpertest.Client
+		if !way.FD {
+			idle = h.Dial()
+			idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+		}
+		first := h.Server()
+		renewals, end := disturb(t, func() { unix.Kill(h.PID, unix.SIGHUP) }, 300*time.Millisecond)
+		steps, eio := run(t, h, func(steps int) bool { return renewals.Load() >= 4 && steps >= 200 })
+		end() // there are two servers at times
+		t.Logf("%d renewals, %d steps", renewals.Load(), steps)
+		if eio != 0 {
+			t.Errorf("%d times EIO", eio)
+		}
+		if h.Server() == first {
+			t.Error("the first server is still there")
+		}
+		if idle != nil {
+			idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+		}
+	})
 }
 
 // helperOfOwn returns a helper that the test may replace on disk.
@@ -214,7 +227,11 @@ func helperOfOwn(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	helper := filepath.Join(t.TempDir(), "helper")
+	dir := helpertest.ShortDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	helper := filepath.Join(dir, "helper")
 	replace(t, helper, string(program))
 	return helper
 }
@@ -230,187 +247,189 @@ func replace(t *testing.T, helper, program string) {
 
 // A program on disk that can't serve leaves the old server where it is.
 func TestRenewedByNothing(t *testing.T) {
-	helper := helperOfOwn(t)
-	p, name := helpertest.Listen(t, helper, export(t))
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	server := p.Server()
-	replace(t, helper, "#!/bin/false\n")
-	unix.Kill(p.PID, unix.SIGHUP)
-	helpertest.Eventually(t, "the failure is logged", func() bool { return p.Logged("the new server does not start") })
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	if p.Server() != server {
-		t.Error("another server")
-	}
-	// One that dies is started again from what was running, not from the disk.
-	unix.Kill(server, unix.SIGKILL)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		helper := helperOfOwn(t)
+		h := way.Start(t, helpertest.Setup{Fill: fill, Program: helper})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		server := h.Server()
+		replace(t, helper, "#!/bin/false\n")
+		unix.Kill(h.PID, unix.SIGHUP)
+		helpertest.Eventually(t, "the failure is logged", func() bool { return h.Logged("the new server does not start") })
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		if h.Server() != server {
+			t.Error("another server")
+		}
+		// One that dies is started again from what was running, not from the disk.
+		unix.Kill(server, unix.SIGKILL)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	})
 }
 
 // A server that hangs at its start is given up, and does not keep others from
 // being started.
 func TestRenewedBySilence(t *testing.T) {
-	helper := helperOfOwn(t)
-	p, name := helpertest.Listen(t, helper, export(t))
-	c := helpertest.Dial(t, name)
-	server := p.Server()
-	replace(t, helper, "#!/bin/sh\nexec sleep 1000\n")
-	unix.Kill(p.PID, unix.SIGHUP)
-	helpertest.Eventually(t, "two servers", func() bool { return len(helpertest.Children(p.PID)) == 2 })
-	unix.Kill(server, unix.SIGKILL)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	if !p.Logged("the new server does not start") {
-		t.Error("the failure is not logged")
+	silence := func(w helpertest.Way) (reason string) {
+		if w.FD || w.Rootless || w.Sandbox != "namespace" {
+			return "10 s each are long, and twice is enough"
+		}
+		return ""
 	}
+	helpertest.EachWay(t, silence, func(t *testing.T, way helpertest.Way) {
+		helper := helperOfOwn(t)
+		h := way.Start(t, helpertest.Setup{Fill: fill, Program: helper})
+		c := h.Dial()
+		server := h.Server()
+		replace(t, helper, "#!/bin/sh\nexec sleep 1000\n")
+		unix.Kill(h.PID, unix.SIGHUP)
+		helpertest.Eventually(t, "two servers", func() bool { return len(h.Servers()) == 2 })
+		unix.Kill(server, unix.SIGKILL)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		if !h.Logged("the new server does not start") {
+			t.Error("the failure is not logged")
+		}
+	})
 }
 
 // Requests that came together are answered once each and in order, whenever
 // the server dies in between, and so is a frame that had come in part.
 func TestKilledPipeline(t *testing.T) {
-	dir := export(t)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	c := helpertest.Dial(t, name)
-	kills, _ := disturb(t, killer(p), 600*time.Millisecond)
-	value := make([]byte, 60_000)
-	long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
-	types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}
-	var all []byte
-	for i, typ := range types {
-		q := codec.Request{Path: helpertest.Path("/" + string("abcab"[i])), Size: 100}
-		if typ == codec.Lsetxattr {
-			q = long
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		kills, _ := disturb(t, killer(h), 600*time.Millisecond)
+		value := make([]byte, 60_000)
+		long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
+		types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}
+		var all []byte
+		for i, typ := range types {
+			q := codec.Request{Path: helpertest.Path("/" + string("abcab"[i])), Size: 100}
+			if typ == codec.Lsetxattr {
+				q = long
+			}
+			all = q.Append(all, typ)
 		}
-		all = q.Append(all, typ)
-	}
-	done := make(chan error, 1)
-	var rounds atomic.Int32
-	stop := make(chan struct{})
-	go func() {
-		for {
-			select {
-			case <-stop:
-				done <- nil
-				return
-			default:
+		done := make(chan error, 1)
+		var rounds atomic.Int32
+		stop := make(chan struct{})
+		go func() {
+			for {
+				select {
+				case <-stop:
+					done <- nil
+					return
+				default:
+				}
+				cut := int(rounds.Load()) * 997 % len(all)
+				if err := errors.Join(c.TrySend(all[:cut]), c.TrySend(all[cut:])); err != nil {
+					done <- err
+					return
+				}
+				rounds.Add(1)
 			}
-			cut := int(rounds.Load()) * 997 % len(all)
-			if err := errors.Join(c.TrySend(all[:cut]), c.TrySend(all[cut:])); err != nil {
-				done <- err
-				return
+		}()
+		answered := int32(0)
+		read := func() {
+			for _, typ := range types {
+				a, err := c.TryRead(typ)
+				if err != nil {
+					t.Fatalf("round %d, %v: %v\n%s", answered, typ, err, h.Output())
+				}
+				switch {
+				case typ == codec.Readlink && a.Errno == unix.EINVAL:
+				case typ == codec.Lsetxattr && (a.Errno == unix.EIO || a.Errno == unix.ENOSPC || a.Errno == unix.E2BIG):
+				case a.Errno != 0:
+					t.Fatalf("round %d, %v: %v", answered, typ, a.Errno)
+				}
+				if a.File != nil {
+					a.File.Close()
+				}
 			}
-			rounds.Add(1)
+			answered++
 		}
-	}()
-	answered := int32(0)
-	read := func() {
-		for _, typ := range types {
-			a, err := c.TryRead(typ)
-			if err != nil {
-				t.Fatalf("round %d, %v: %v\n%s", answered, typ, err, p.Output())
-			}
-			switch {
-			case typ == codec.Readlink && a.Errno == unix.EINVAL:
-			case typ == codec.Lsetxattr && (a.Errno == unix.EIO || a.Errno == unix.ENOSPC || a.Errno == unix.E2BIG):
-			case a.Errno != 0:
-				t.Fatalf("round %d, %v: %v", answered, typ, a.Errno)
-			}
-			if a.File != nil {
-				a.File.Close()
-			}
-		}
-		answered++
-	}
-	for until := time.Now().Add(5 * time.Second); time.Now().Before(until); {
-		read()
-	}
-	close(stop)
-	for err := error(nil); ; {
-		select {
-		case err = <-done:
-			if err != nil {
-				t.Fatal(err)
-			}
-			for answered < rounds.Load() {
-				read()
-			}
-			t.Logf("%d kills, %d rounds", kills.Load(), answered)
-			return
-		default:
+		for kills.Load() < 4 {
 			read()
 		}
-	}
+		close(stop)
+		for err := error(nil); ; {
+			select {
+			case err = <-done:
+				if err != nil {
+					t.Fatal(err)
+				}
+				for answered < rounds.Load() {
+					read()
+				}
+				t.Logf("%d kills, %d rounds", kills.Load(), answered)
+				return
+			default:
+				read()
+			}
+		}
+	})
 }
 
 // A client that leaves while there is no server is gone for the next one, and
 // a server that dies again and again is started with growing pauses.
 func TestDyingServers(t *testing.T) {
-	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	leaves := helpertest.Dial(t, name)
-	leaves.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	had := len(helpertest.FDs(t, p.PID))
-	for range 5 {
-		server := p.Server()
-		unix.Kill(server, unix.SIGKILL)
-		helpertest.Eventually(t, "the server is dead", func() bool { return p.Server() != server })
-	}
-	leaves.Close()
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	helpertest.Eventually(t, "the pauses grow", func() bool { return p.Logged("pause=40ms") })
-	helpertest.Eventually(t, "who has left is forgotten", func() bool { return p.Logged("client left") })
-	helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool { return len(helpertest.FDs(t, p.PID)) == had-1 })
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		leaves := h.Dial()
+		leaves.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		had := len(helpertest.FDs(t, h.PID))
+		for range 5 {
+			server := h.Server()
+			unix.Kill(server, unix.SIGKILL)
+			helpertest.Eventually(t, "the server is dead", func() bool { return h.Server() != server })
+		}
+		leaves.Close()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		helpertest.Eventually(t, "the pauses grow", func() bool { return h.Logged("pause=40ms") })
+		helpertest.Eventually(t, "who has left is forgotten", func() bool { return h.Logged("client left") })
+		helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool { return len(helpertest.FDs(t, h.PID)) == had-1 })
+	})
 }
 
 // A server that is killed while a file system holds a thread of it, which
 // nobody can kill then, is replaced all the same.
 func TestKilledWhileHeld(t *testing.T) {
-	dir := export(t)
-	stuck := filepath.Join(dir, "stuck")
-	if err := os.Mkdir(stuck, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	fs, err := slowfs.Mount(stuck, t.TempDir(), slowfs.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { fs.Close() })
-	fs.Hold(slowfs.Lookups)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	held, c := helpertest.Dial(t, name), helpertest.Dial(t, name)
-	held.Send(frame(codec.Lstat, "/stuck/x"))
-	helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
-	unix.Kill(p.Server(), unix.SIGKILL)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	fs.Release()
-	if a := held.Read(codec.Lstat); a.Errno != unix.ENOENT {
-		t.Errorf("%v, want what the file system says", a.Errno)
-	}
-	helpertest.Eventually(t, "the dead server is gone", func() bool { return len(helpertest.Children(p.PID)) == 1 })
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		var fs *slowfs.FS
+		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs)})
+		held, c := h.Dial(), h.Dial()
+		held.Send(frame(codec.Lstat, "/stuck/x"))
+		helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
+		unix.Kill(h.Server(), unix.SIGKILL)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		fs.Release()
+		if a := held.Read(codec.Lstat); a.Errno != unix.ENOENT {
+			t.Errorf("%v, want what the file system says", a.Errno)
+		}
+		helpertest.Eventually(t, "the dead server is gone", func() bool { return len(h.Servers()) == 1 })
+	})
 }
 
 // Stopping after a renewal with a request that hangs in the old server still
 // answers the others, and ends.
 func TestRenewedWhileStuck(t *testing.T) {
-	dir := export(t)
-	stuck := filepath.Join(dir, "stuck")
-	if err := os.Mkdir(stuck, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	release := mountHang(t, stuck)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	waits, other := helpertest.Dial(t, name), helpertest.Dial(t, name)
-	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	waits.Send(frame(codec.Lstat, "/stuck/x"))
-	time.Sleep(50 * time.Millisecond) // most likely it hangs now; if not, the rest holds as well
-	p.Server()
-	unix.Kill(p.PID, syscall.SIGHUP)
-	helpertest.Eventually(t, "two servers", func() bool { return len(helpertest.Children(p.PID)) == 2 })
-	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	release()
-	if a := waits.Read(codec.Lstat); a.Errno == 0 {
-		t.Error("the hanging file system has answered")
-	}
-	waits.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
-	helpertest.Eventually(t, "one server", func() bool { return len(helpertest.Children(p.PID)) == 1 })
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		var fs *slowfs.FS
+		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs)})
+		waits, other := h.Dial(), h.Dial()
+		other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		waits.Send(frame(codec.Lstat, "/stuck/x"))
+		helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
+		h.Server()
+		unix.Kill(h.PID, syscall.SIGHUP)
+		helpertest.Eventually(t, "two servers", func() bool { return len(h.Servers()) == 2 })
+		other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		fs.Release()
+		if a := waits.Read(codec.Lstat); a.Errno == 0 {
+			t.Error("the hanging file system has answered")
+		}
+		waits.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+		helpertest.Eventually(t, "one server", func() bool { return len(h.Servers()) == 1 })
+	})
 }
