@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/codec"
 )
 
 // Way is one way of starting our helper. The zero value is the default: a
@@ -229,6 +231,13 @@ func (h *Helper) awaitSupervisor(t *testing.T) {
 		h.PID = h.readPID()
 		return h.PID != 0 && len(h.Servers()) == 1
 	})
+	if h.only == nil {
+		return
+	}
+	// Without a name nothing but an answer tells that the server is ready.
+	if _, err := h.only.TryDo(codec.Lstat, codec.Request{Path: Path("/")}); err != nil {
+		t.Fatalf("the helper does not serve: %v\n%s", err, h.Output())
+	}
 }
 
 // startDaemon runs the command, which has to say nothing, and adopts the
