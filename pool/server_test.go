@@ -1,9 +1,10 @@
 package pool_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -27,12 +28,35 @@ func frame(t codec.Type, path string) []byte {
 // export has three files, told apart by their modes.
 func export(t *testing.T) string {
 	dir := t.TempDir()
+	fill(t, dir)
+	return dir
+}
+
+func fill(t *testing.T, dir string) {
+	t.Helper()
 	for i, name := range []string{"a", "b", "c"} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, os.FileMode(0o600+i)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return dir
+}
+
+// fillStuck is a fill that mounts a file system which does not answer on /stuck.
+func fillStuck(fs **slowfs.FS) func(t *testing.T, export string) {
+	return func(t *testing.T, export string) {
+		t.Helper()
+		fill(t, export)
+		dir := filepath.Join(export, "stuck")
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if *fs, err = slowfs.Mount(dir, t.TempDir(), slowfs.Options{}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { (*fs).Close() })
+		(*fs).Hold(slowfs.Lookups)
+	}
 }
 
 // Answers come in the order of the requests, descriptors among them.
@@ -167,35 +191,32 @@ func mountHang(t *testing.T, dir string) (release func()) {
 // A request that hangs, hangs alone; once all workers hang, others wait, and
 // go on afterwards.
 func TestStuckRequest(t *testing.T) {
-	dir := export(t)
-	stuck := filepath.Join(dir, "stuck")
-	if err := os.Mkdir(stuck, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	release := mountHang(t, stuck)
-	_, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=2")
-	before := helpertest.Dial(t, name)
-	first, second := helpertest.Dial(t, name), helpertest.Dial(t, name)
-	first.Send(frame(codec.Lstat, "/stuck/x"))
-	for range 200 {
-		before.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-		c := helpertest.Dial(t, name)
-		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
-		c.Close()
-	}
-	second.Send(frame(codec.Lstat, "/stuck/y"))
-	time.Sleep(50 * time.Millisecond) // most likely both hang now; if not, the rest holds as well
-	waiting := helpertest.Dial(t, name)
-	waiting.Send(frame(codec.Lstat, "/a"))
-	release()
-	for _, c := range []*helpertest.Client{first, second} {
-		if a := c.Read(codec.Lstat); a.Errno == 0 {
-			t.Error("the hanging file system has answered")
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		var fs *slowfs.FS
+		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs), Args: []string{"--workers=2"}})
+		before := h.Dial()
+		first, second := h.Dial(), h.Dial()
+		first.Send(frame(codec.Lstat, "/stuck/x"))
+		for range 200 {
+			before.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+			c := h.Dial()
+			c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+			c.Close()
 		}
-	}
-	if a := waiting.Read(codec.Lstat); a.Errno != 0 {
-		t.Error(a.Errno)
-	}
+		second.Send(frame(codec.Lstat, "/stuck/y"))
+		helpertest.Eventually(t, "both hang", func() bool { return fs.Waiting() == 2 })
+		waiting := h.Dial()
+		waiting.Send(frame(codec.Lstat, "/a"))
+		fs.Release()
+		for _, c := range []*helpertest.Client{first, second} {
+			if a := c.Read(codec.Lstat); a.Errno == 0 {
+				t.Error("the hanging file system has answered")
+			}
+		}
+		if a := waiting.Read(codec.Lstat); a.Errno != 0 {
+			t.Error(a.Errno)
+		}
+	})
 }
 
 // Many busy connections are served by one thread, where that is faster: on a
@@ -281,66 +302,102 @@ func TestCrowd(t *testing.T) {
 // descriptor: QEMU mistakes an end of file for one. Some send it twice, and
 // some to all processes.
 func TestTerminate(t *testing.T) {
-	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	c := helpertest.Dial(t, name)
-	sent := make(chan int)
-	go func() {
-		n := 0
-		for c.TrySend(frame(codec.Open, "/a")) == nil {
-			n++
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		sent := make(chan int)
+		go func() {
+			n := 0
+			for c.TrySend(frame(codec.Open, "/a")) == nil {
+				n++
+			}
+			sent <- n
+		}()
+		answered := 0
+		for ; ; answered++ {
+			if answered == 100 {
+				syscall.Kill(h.Server(), syscall.SIGTERM)
+				h.Signal(syscall.SIGTERM)
+				h.Signal(syscall.SIGTERM)
+			}
+			a, err := c.TryRead(codec.Open)
+			if err != nil {
+				break
+			}
+			if a.Errno != 0 {
+				t.Fatal(a.Errno)
+			}
+			a.File.Close()
 		}
-		sent <- n
-	}()
-	answered := 0
-	for ; ; answered++ {
-		if answered == 100 {
-			syscall.Kill(p.Server(), syscall.SIGTERM)
-			p.Signal(syscall.SIGTERM)
-			p.Signal(syscall.SIGTERM)
+		if n := <-sent; n != answered {
+			t.Errorf("%d requests sent, %d answered", n, answered)
 		}
-		a, err := c.TryRead(codec.Open)
-		if err != nil {
-			break
+		if status := h.Wait(); status != 0 {
+			t.Errorf("status %d\n%s", status, h.Output())
 		}
-		if a.Errno != 0 {
-			t.Fatal(a.Errno)
+		if entries, err := os.ReadDir(h.Dir); err != nil || len(entries) != 1 {
+			t.Errorf("names and pidfile are still there: %v, %v", entries, err)
 		}
-		a.File.Close()
-	}
-	if n := <-sent; n != answered {
-		t.Errorf("%d requests sent, %d answered", n, answered)
-	}
-	if status := p.Wait(); status != 0 {
-		t.Errorf("status %d\n%s", status, p.Output())
-	}
-	if _, err := os.Lstat(name); !os.IsNotExist(err) {
-		t.Errorf("the name is still there: %v", err)
-	}
+	})
 }
 
-// The helper leaves with its last client if told so; without a supervisor the
-// server goes on for those it has.
-func TestLeaving(t *testing.T) {
-	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t), "--once")
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	c.Close()
-	if status := p.Wait(); status != 0 {
-		t.Errorf("--once: status %d\n%s", status, p.Output())
-	}
-
-	p, name = helpertest.Listen(t, helpertest.Ours(t), export(t))
-	server := p.Server()
-	c = helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	p.Signal(syscall.SIGKILL)
-	p.Wait()
-	for range 100 {
+// The helper leaves with its last client if told so, and always with --fd.
+func TestOnce(t *testing.T) {
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		var once []string
+		if !way.FD {
+			once = []string{"--once"}
+		}
+		h := way.Start(t, helpertest.Setup{Fill: fill, Args: once})
+		c := h.Dial()
 		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	}
-	c.Close()
-	helpertest.Eventually(t, "the server leaves with its last client", func() bool {
-		_, err := os.Stat("/proc/" + strconv.Itoa(server) + "/root/a")
-		return err != nil
+		c.Close()
+		if status := h.Wait(); status != 0 {
+			t.Errorf("status %d\n%s", status, h.Output())
+		}
 	})
+}
+
+// Without a supervisor the server goes on for the clients that it has.
+func TestKilledSupervisor(t *testing.T) {
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		server := h.Server()
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		helpertest.Eventually(t, "the server listens to its supervisor", func() bool {
+			waits, _ := threads(server)
+			return waits
+		})
+		h.Signal(syscall.SIGKILL)
+		h.Wait()
+		rests := 0
+		helpertest.Eventually(t, "the server has noticed, and rests", func() bool {
+			if waits, runs := threads(server); waits || runs {
+				rests = 0
+			} else {
+				rests++
+			}
+			return rests == 3 // its work may change threads while they are looked at
+		})
+		for range 100 {
+			a, err := c.TryDo(codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+			if err != nil || a.Errno != 0 {
+				t.Fatalf("the VM is lost with the supervisor: %v, %v", err, a.Errno)
+			}
+		}
+		c.Close()
+		helpertest.Eventually(t, "the server leaves with its last client", func() bool { return helpertest.Ended(server) })
+	})
+}
+
+// threads tells that a thread of a server waits for a message of its supervisor,
+// and that one runs.
+func threads(server int) (waits, runs bool) {
+	const control = 3 // the socket between the two
+	for _, call := range helpertest.Syscalls(server) {
+		waits = waits || strings.HasPrefix(call, fmt.Sprintf("%d %#x ", unix.SYS_RECVMSG, control))
+		runs = runs || call == "running"
+	}
+	return waits, runs
 }

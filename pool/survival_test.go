@@ -44,43 +44,66 @@ func disturb(t *testing.T, what func(), every time.Duration) (count *atomic.Int3
 	return &n, end
 }
 
-// killer kills the server that a supervisor has now, if it has one.
-func killer(p *helpertest.Process, events *model.Events) func() {
+// killer kills the server that a helper has now, if it has one.
+func killer(h *helpertest.Helper, events *model.Events) func() {
 	return func() {
-		for _, pid := range helpertest.Children(p.PID) {
+		for _, pid := range h.Servers() {
 			events.Kill(pid)
 		}
 	}
 }
 
-// run lets VMs work for d and returns how many requests were answered, and how
-// many of them with EIO. Each answer is the only right one, or EIO where events
-// say that a server has died; after each the host has the same tree.
-func run(t *testing.T, name, dir string, events *model.Events, vms int, d time.Duration) (answers, eio int) {
-	t.Helper()
-	if err := model.MakeShared(dir); err != nil {
+// vms is how many VMs a survival test has at most.
+const vms = 4
+
+// fillVMs makes the directories of VMs.
+func fillVMs(t *testing.T, export string) {
+	if err := model.MakeShared(export); err != nil {
 		t.Fatal(err)
 	}
-	list := make([]*model.VM, vms)
-	for i := range list {
-		vm := fmt.Sprintf("vm%d", i)
-		if err := os.Mkdir(filepath.Join(dir, vm), 0o755); err != nil {
+	for i := range vms {
+		if err := os.Mkdir(filepath.Join(export, fmt.Sprintf("vm%d", i)), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		v, err := model.NewVM(events, dir, vm, uint64(time.Now().UnixNano()), i)
+	}
+}
+
+// run lets as many VMs as there can be work, until enough says so, and returns
+// how many requests were answered, and how many of them with EIO. Each answer is
+// the only right one, or EIO where events say that a server has died; after each
+// batch the host has the same tree.
+func run(t *testing.T, h *helpertest.Helper, events *model.Events, enough func(answers int) bool) (answers, eio int) {
+	t.Helper()
+	list := make([]*model.VM, vms)
+	if helpertest.ManyVMs(h.Way) != "" {
+		list = list[:1]
+	}
+	for i := range list {
+		v, err := model.NewVM(events, h.Export, fmt.Sprintf("vm%d", i), uint64(time.Now().UnixNano()), i)
 		if err != nil {
 			t.Fatal(err)
 		}
-		v.Client, v.Thorough = helpertest.Dial(t, name).Client, true
+		v.Client, v.Thorough = h.Dial().Client, true
+		v.IDs = model.IDs{Rootless: h.Way.Rootless, Root: helpertest.Someone, First: helpertest.SomeRange}
 		list[i] = v
 	}
 	var over atomic.Bool
-	time.AfterFunc(d, func() { over.Store(true) })
+	go func() {
+		for end := time.Now().Add(helpertest.Patience); !over.Load() && !enough(int(events.Answered.Load())); {
+			if time.Now().After(end) {
+				t.Error("it takes too long")
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		over.Store(true)
+	}()
 	var all sync.WaitGroup
 	for _, v := range list {
 		all.Go(func() {
 			if err := errors.Join(v.Run(&over), v.Compare()); err != nil {
 				t.Errorf("%s: %v", v.Dir, err)
+				over.Store(true)
 			}
 		})
 	}
@@ -94,38 +117,43 @@ func run(t *testing.T, name, dir string, events *model.Events, vms int, d time.D
 // Killed at any moment, the server comes back and no VM notices but by an EIO
 // where the last server may have begun a change.
 func TestKilledServer(t *testing.T) {
-	dir := t.TempDir()
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	var events model.Events
-	kills, _ := disturb(t, killer(p, &events), 700*time.Millisecond)
-	answers, eio := run(t, name, dir, &events, 4, 6*time.Second)
-	t.Logf("%d kills, %d answers, %d times EIO", kills.Load(), answers, eio)
-	if kills.Load() < 4 || answers < 600 {
-		t.Errorf("%d kills, %d answers: not much of a test", kills.Load(), answers)
-	}
-	if eio > 4*int(kills.Load()) {
-		t.Errorf("%d times EIO with %d kills: at most one for each VM and kill", eio, kills.Load())
-	}
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fillVMs})
+		var events model.Events
+		kills, _ := disturb(t, killer(h, &events), 700*time.Millisecond)
+		answers, eio := run(t, h, &events, func(answers int) bool { return kills.Load() >= 4 && answers >= 600 })
+		t.Logf("%d kills, %d answers, %d times EIO", kills.Load(), answers, eio)
+		if eio > 4*int(kills.Load()) {
+			t.Errorf("%d times EIO with %d kills: at most one for each VM and kill", eio, kills.Load())
+		}
+	})
 }
 
 // SIGHUP moves all VMs to a new server, and none notices at all.
 func TestRenewedServer(t *testing.T) {
-	dir := t.TempDir()
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	idle := helpertest.Dial(t, name)
-	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
-	first := p.Server()
-	renewals, end := disturb(t, func() { unix.Kill(p.PID, unix.SIGHUP) }, 300*time.Millisecond)
-	answers, eio := run(t, name, dir, new(model.Events), 4, 4*time.Second)
-	end() // there are two servers at times
-	t.Logf("%d renewals, %d answers", renewals.Load(), answers)
-	if eio != 0 {
-		t.Errorf("%d times EIO", eio)
-	}
-	if renewals.Load() < 4 || answers < 600 || p.Server() == first {
-		t.Errorf("%d renewals, %d answers: not much of a test", renewals.Load(), answers)
-	}
-	idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fillVMs})
+		var idle *helpertest.Client
+		if !way.FD {
+			idle = h.Dial()
+			idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+		}
+		first := h.Server()
+		renewals, end := disturb(t, func() { unix.Kill(h.PID, unix.SIGHUP) }, 300*time.Millisecond)
+		enough := func(answers int) bool { return renewals.Load() >= 4 && answers >= 600 }
+		answers, eio := run(t, h, new(model.Events), enough)
+		end() // there are two servers at times
+		t.Logf("%d renewals, %d answers", renewals.Load(), answers)
+		if eio != 0 {
+			t.Errorf("%d times EIO", eio)
+		}
+		if h.Server() == first {
+			t.Error("the first server is still there")
+		}
+		if idle != nil {
+			idle.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+		}
+	})
 }
 
 // helperOfOwn returns a helper that the test may replace on disk.
@@ -135,7 +163,11 @@ func helperOfOwn(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	helper := filepath.Join(t.TempDir(), "helper")
+	dir := helpertest.ShortDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	helper := filepath.Join(dir, "helper")
 	replace(t, helper, string(program))
 	return helper
 }
@@ -151,187 +183,189 @@ func replace(t *testing.T, helper, program string) {
 
 // A program on disk that can't serve leaves the old server where it is.
 func TestRenewedByNothing(t *testing.T) {
-	helper := helperOfOwn(t)
-	p, name := helpertest.Listen(t, helper, export(t))
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	server := p.Server()
-	replace(t, helper, "#!/bin/false\n")
-	unix.Kill(p.PID, unix.SIGHUP)
-	helpertest.Eventually(t, "the failure is logged", func() bool { return p.Logged("the new server does not start") })
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	if p.Server() != server {
-		t.Error("another server")
-	}
-	// One that dies is started again from what was running, not from the disk.
-	unix.Kill(server, unix.SIGKILL)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		helper := helperOfOwn(t)
+		h := way.Start(t, helpertest.Setup{Fill: fill, Program: helper})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		server := h.Server()
+		replace(t, helper, "#!/bin/false\n")
+		unix.Kill(h.PID, unix.SIGHUP)
+		helpertest.Eventually(t, "the failure is logged", func() bool { return h.Logged("the new server does not start") })
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		if h.Server() != server {
+			t.Error("another server")
+		}
+		// One that dies is started again from what was running, not from the disk.
+		unix.Kill(server, unix.SIGKILL)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	})
 }
 
 // A server that hangs at its start is given up, and does not keep others from
 // being started.
 func TestRenewedBySilence(t *testing.T) {
-	helper := helperOfOwn(t)
-	p, name := helpertest.Listen(t, helper, export(t))
-	c := helpertest.Dial(t, name)
-	server := p.Server()
-	replace(t, helper, "#!/bin/sh\nexec sleep 1000\n")
-	unix.Kill(p.PID, unix.SIGHUP)
-	helpertest.Eventually(t, "two servers", func() bool { return len(helpertest.Children(p.PID)) == 2 })
-	unix.Kill(server, unix.SIGKILL)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	if !p.Logged("the new server does not start") {
-		t.Error("the failure is not logged")
+	silence := func(w helpertest.Way) (reason string) {
+		if w.FD || w.Rootless || w.Sandbox != "namespace" {
+			return "10 s each are long, and twice is enough"
+		}
+		return ""
 	}
+	helpertest.EachWay(t, silence, func(t *testing.T, way helpertest.Way) {
+		helper := helperOfOwn(t)
+		h := way.Start(t, helpertest.Setup{Fill: fill, Program: helper})
+		c := h.Dial()
+		server := h.Server()
+		replace(t, helper, "#!/bin/sh\nexec sleep 1000\n")
+		unix.Kill(h.PID, unix.SIGHUP)
+		helpertest.Eventually(t, "two servers", func() bool { return len(h.Servers()) == 2 })
+		unix.Kill(server, unix.SIGKILL)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		if !h.Logged("the new server does not start") {
+			t.Error("the failure is not logged")
+		}
+	})
 }
 
 // Requests that came together are answered once each and in order, whenever
 // the server dies in between, and so is a frame that had come in part.
 func TestKilledPipeline(t *testing.T) {
-	dir := export(t)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	c := helpertest.Dial(t, name)
-	kills, _ := disturb(t, killer(p, new(model.Events)), 600*time.Millisecond)
-	value := make([]byte, 60_000)
-	long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
-	types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}
-	var all []byte
-	for i, typ := range types {
-		q := codec.Request{Path: helpertest.Path("/" + string("abcab"[i])), Size: 100}
-		if typ == codec.Lsetxattr {
-			q = long
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		kills, _ := disturb(t, killer(h, new(model.Events)), 600*time.Millisecond)
+		value := make([]byte, 60_000)
+		long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
+		types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}
+		var all []byte
+		for i, typ := range types {
+			q := codec.Request{Path: helpertest.Path("/" + string("abcab"[i])), Size: 100}
+			if typ == codec.Lsetxattr {
+				q = long
+			}
+			all = q.Append(all, typ)
 		}
-		all = q.Append(all, typ)
-	}
-	done := make(chan error, 1)
-	var rounds atomic.Int32
-	stop := make(chan struct{})
-	go func() {
-		for {
-			select {
-			case <-stop:
-				done <- nil
-				return
-			default:
+		done := make(chan error, 1)
+		var rounds atomic.Int32
+		stop := make(chan struct{})
+		go func() {
+			for {
+				select {
+				case <-stop:
+					done <- nil
+					return
+				default:
+				}
+				cut := int(rounds.Load()) * 997 % len(all)
+				if err := errors.Join(c.TrySend(all[:cut]), c.TrySend(all[cut:])); err != nil {
+					done <- err
+					return
+				}
+				rounds.Add(1)
 			}
-			cut := int(rounds.Load()) * 997 % len(all)
-			if err := errors.Join(c.TrySend(all[:cut]), c.TrySend(all[cut:])); err != nil {
-				done <- err
-				return
+		}()
+		answered := int32(0)
+		read := func() {
+			for _, typ := range types {
+				a, err := c.TryRead(typ)
+				if err != nil {
+					t.Fatalf("round %d, %v: %v\n%s", answered, typ, err, h.Output())
+				}
+				switch {
+				case typ == codec.Readlink && a.Errno == unix.EINVAL:
+				case typ == codec.Lsetxattr && (a.Errno == unix.EIO || a.Errno == unix.ENOSPC || a.Errno == unix.E2BIG):
+				case a.Errno != 0:
+					t.Fatalf("round %d, %v: %v", answered, typ, a.Errno)
+				}
+				if a.File != nil {
+					a.File.Close()
+				}
 			}
-			rounds.Add(1)
+			answered++
 		}
-	}()
-	answered := int32(0)
-	read := func() {
-		for _, typ := range types {
-			a, err := c.TryRead(typ)
-			if err != nil {
-				t.Fatalf("round %d, %v: %v\n%s", answered, typ, err, p.Output())
-			}
-			switch {
-			case typ == codec.Readlink && a.Errno == unix.EINVAL:
-			case typ == codec.Lsetxattr && (a.Errno == unix.EIO || a.Errno == unix.ENOSPC || a.Errno == unix.E2BIG):
-			case a.Errno != 0:
-				t.Fatalf("round %d, %v: %v", answered, typ, a.Errno)
-			}
-			if a.File != nil {
-				a.File.Close()
-			}
-		}
-		answered++
-	}
-	for until := time.Now().Add(5 * time.Second); time.Now().Before(until); {
-		read()
-	}
-	close(stop)
-	for err := error(nil); ; {
-		select {
-		case err = <-done:
-			if err != nil {
-				t.Fatal(err)
-			}
-			for answered < rounds.Load() {
-				read()
-			}
-			t.Logf("%d kills, %d rounds", kills.Load(), answered)
-			return
-		default:
+		for kills.Load() < 4 {
 			read()
 		}
-	}
+		close(stop)
+		for err := error(nil); ; {
+			select {
+			case err = <-done:
+				if err != nil {
+					t.Fatal(err)
+				}
+				for answered < rounds.Load() {
+					read()
+				}
+				t.Logf("%d kills, %d rounds", kills.Load(), answered)
+				return
+			default:
+				read()
+			}
+		}
+	})
 }
 
 // A client that leaves while there is no server is gone for the next one, and
 // a server that dies again and again is started with growing pauses.
 func TestDyingServers(t *testing.T) {
-	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	leaves := helpertest.Dial(t, name)
-	leaves.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	had := len(helpertest.FDs(t, p.PID))
-	for range 5 {
-		server := p.Server()
-		unix.Kill(server, unix.SIGKILL)
-		helpertest.Eventually(t, "the server is dead", func() bool { return p.Server() != server })
-	}
-	leaves.Close()
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	helpertest.Eventually(t, "the pauses grow", func() bool { return p.Logged("pause=40ms") })
-	helpertest.Eventually(t, "who has left is forgotten", func() bool { return p.Logged("client left") })
-	helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool { return len(helpertest.FDs(t, p.PID)) == had-1 })
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		leaves := h.Dial()
+		leaves.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		had := len(helpertest.FDs(t, h.PID))
+		for range 5 {
+			server := h.Server()
+			unix.Kill(server, unix.SIGKILL)
+			helpertest.Eventually(t, "the server is dead", func() bool { return h.Server() != server })
+		}
+		leaves.Close()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		helpertest.Eventually(t, "the pauses grow", func() bool { return h.Logged("pause=40ms") })
+		helpertest.Eventually(t, "who has left is forgotten", func() bool { return h.Logged("client left") })
+		helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool { return len(helpertest.FDs(t, h.PID)) == had-1 })
+	})
 }
 
 // A server that is killed while a file system holds a thread of it, which
 // nobody can kill then, is replaced all the same.
 func TestKilledWhileHeld(t *testing.T) {
-	dir := export(t)
-	stuck := filepath.Join(dir, "stuck")
-	if err := os.Mkdir(stuck, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	fs, err := slowfs.Mount(stuck, t.TempDir(), slowfs.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { fs.Close() })
-	fs.Hold(slowfs.Lookups)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	held, c := helpertest.Dial(t, name), helpertest.Dial(t, name)
-	held.Send(frame(codec.Lstat, "/stuck/x"))
-	helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
-	unix.Kill(p.Server(), unix.SIGKILL)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	fs.Release()
-	if a := held.Read(codec.Lstat); a.Errno != unix.ENOENT {
-		t.Errorf("%v, want what the file system says", a.Errno)
-	}
-	helpertest.Eventually(t, "the dead server is gone", func() bool { return len(helpertest.Children(p.PID)) == 1 })
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		var fs *slowfs.FS
+		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs)})
+		held, c := h.Dial(), h.Dial()
+		held.Send(frame(codec.Lstat, "/stuck/x"))
+		helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
+		unix.Kill(h.Server(), unix.SIGKILL)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		fs.Release()
+		if a := held.Read(codec.Lstat); a.Errno != unix.ENOENT {
+			t.Errorf("%v, want what the file system says", a.Errno)
+		}
+		helpertest.Eventually(t, "the dead server is gone", func() bool { return len(h.Servers()) == 1 })
+	})
 }
 
 // Stopping after a renewal with a request that hangs in the old server still
 // answers the others, and ends.
 func TestRenewedWhileStuck(t *testing.T) {
-	dir := export(t)
-	stuck := filepath.Join(dir, "stuck")
-	if err := os.Mkdir(stuck, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	release := mountHang(t, stuck)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
-	waits, other := helpertest.Dial(t, name), helpertest.Dial(t, name)
-	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	waits.Send(frame(codec.Lstat, "/stuck/x"))
-	time.Sleep(50 * time.Millisecond) // most likely it hangs now; if not, the rest holds as well
-	p.Server()
-	unix.Kill(p.PID, syscall.SIGHUP)
-	helpertest.Eventually(t, "two servers", func() bool { return len(helpertest.Children(p.PID)) == 2 })
-	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	release()
-	if a := waits.Read(codec.Lstat); a.Errno == 0 {
-		t.Error("the hanging file system has answered")
-	}
-	waits.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
-	helpertest.Eventually(t, "one server", func() bool { return len(helpertest.Children(p.PID)) == 1 })
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		var fs *slowfs.FS
+		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs)})
+		waits, other := h.Dial(), h.Dial()
+		other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		waits.Send(frame(codec.Lstat, "/stuck/x"))
+		helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
+		h.Server()
+		unix.Kill(h.PID, syscall.SIGHUP)
+		helpertest.Eventually(t, "two servers", func() bool { return len(h.Servers()) == 2 })
+		other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		fs.Release()
+		if a := waits.Read(codec.Lstat); a.Errno == 0 {
+			t.Error("the hanging file system has answered")
+		}
+		waits.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+		helpertest.Eventually(t, "one server", func() bool { return len(h.Servers()) == 1 })
+	})
 }

@@ -2,6 +2,8 @@
 // tests that look at it from the outside.
 //
 //	helpertest.go  the binaries; processes that a test starts and ends
+//	ways.go        every way of starting our helper, for tests that hold in each
+//	faults.go      where such a test is known to fail today
 //	client.go      QEMU's side of a connection: package qemu, for tests
 //	proc.go        what /proc says about a process
 //	user.go        an ordinary user to start them as
@@ -31,7 +33,7 @@ import (
 
 // Patience bounds every wait. It is no measure of speed: only what hangs takes
 // so long.
-const Patience = qemu.Patience
+var Patience = qemu.Patience
 
 // CPath is where Debian puts the C helper, the reference for every answer.
 const CPath = "/usr/lib/qemu/virtfs-proxy-helper"
@@ -123,8 +125,10 @@ type Process struct {
 	PID int
 
 	tb      testing.TB
-	cmd     *exec.Cmd
-	log     string // file that holds its output
+	proc    *os.Process
+	state   *os.ProcessState // of its end; set before exited is closed
+	log     string           // file that holds its output
+	sync    func()           // completes log, if not nil
 	exited  chan struct{}
 	allowed bool // to have ended
 	leaves  bool // with its only client
@@ -141,23 +145,27 @@ func Start(tb testing.TB, c Command) *Process {
 	if c.Cred == nil {
 		c.Cred = &syscall.Credential{}
 	}
-	p := &Process{tb: tb, log: log.Name(), exited: make(chan struct{})}
-	p.cmd = exec.Command(c.Path, c.Args...)
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.ExtraFiles = c.Files
-	p.cmd.Env = append(os.Environ(), c.Env...)
-	p.cmd.Dir = c.Dir
+	cmd := exec.Command(c.Path, c.Args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = c.Files
+	cmd.Env = append(os.Environ(), c.Env...)
+	cmd.Dir = c.Dir
 	// Nothing outlives the test binary, even if that is killed.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.Cred, Pdeathsig: syscall.SIGTERM}
-	if err := p.cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.Cred, Pdeathsig: syscall.SIGTERM}
+	if err := cmd.Start(); err != nil {
 		tb.Fatal(err)
 	}
 	for _, f := range c.Files {
 		f.Close()
 	}
-	p.PID = p.cmd.Process.Pid
+	return own(tb, cmd.Process, log.Name())
+}
+
+// own returns a child of this process, whose output is in log, as a Process.
+func own(tb testing.TB, proc *os.Process, log string) *Process {
+	p := &Process{PID: proc.Pid, tb: tb, proc: proc, log: log, exited: make(chan struct{})}
 	go func() {
-		p.cmd.Wait()
+		p.state, _ = proc.Wait()
 		close(p.exited)
 	}()
 	tb.Cleanup(p.stop)
@@ -166,6 +174,9 @@ func Start(tb testing.TB, c Command) *Process {
 
 // Output returns what the process has printed so far.
 func (p *Process) Output() string {
+	if p.sync != nil {
+		p.sync()
+	}
 	b, err := os.ReadFile(p.log)
 	if err != nil {
 		p.tb.Fatal(err)
@@ -180,7 +191,7 @@ func (p *Process) Logged(text string) bool { return strings.Contains(p.Output(),
 func (p *Process) Signal(sig syscall.Signal) {
 	p.tb.Helper()
 	p.allowed = true
-	if err := p.cmd.Process.Signal(sig); err != nil {
+	if err := p.proc.Signal(sig); err != nil {
 		p.tb.Fatalf("signal %v: %v\n%s", sig, err, p.Output())
 	}
 }
@@ -195,7 +206,7 @@ func (p *Process) Wait() int {
 	case <-time.After(Patience):
 		p.tb.Fatalf("process %d has not ended\n%s", p.PID, p.Output())
 	}
-	return p.cmd.ProcessState.ExitCode()
+	return p.state.ExitCode()
 }
 
 // Alive tells that the process has not ended.
@@ -223,11 +234,11 @@ func (p *Process) Server() int {
 }
 
 func (p *Process) stop() {
-	if !p.Alive() && !p.allowed && !(p.leaves && p.cmd.ProcessState.Success()) {
-		p.tb.Errorf("the helper died: %v\n%s", p.cmd.ProcessState, p.Output())
+	if !p.Alive() && !p.allowed && !(p.leaves && p.state.Success()) {
+		p.tb.Errorf("the helper died: %v\n%s", p.state, p.Output())
 	}
 	server := Children(p.PID)
-	p.cmd.Process.Signal(unix.SIGTERM)
+	p.proc.Signal(unix.SIGTERM)
 	select {
 	case <-p.exited:
 	case <-time.After(Patience):

@@ -132,6 +132,21 @@ func Threads(tb testing.TB, pid int) map[string]map[string]string {
 	return threads
 }
 
+// Syscalls returns the system call that each thread of a process sleeps in, as
+// "NUMBER 0xARGUMENT..." of proc(5), or "running".
+func Syscalls(pid int) (calls map[int]string) {
+	calls = map[int]string{}
+	entries, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	for _, e := range entries {
+		tid, _ := strconv.Atoi(e.Name())
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/syscall", pid, tid))
+		if err == nil {
+			calls[tid] = strings.TrimSuffix(string(b), "\n")
+		}
+	}
+	return calls
+}
+
 // CPU returns the time that a process has spent on CPUs.
 func CPU(tb testing.TB, pid int) time.Duration {
 	tb.Helper()

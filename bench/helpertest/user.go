@@ -1,9 +1,12 @@
 package helpertest
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 )
 
@@ -34,4 +37,47 @@ func WithSomeone(tb testing.TB, ranges string, args ...string) []string {
 	}
 	return append([]string{"unshare", "--mount", "--propagation", "slave", "sh", "-c",
 		`for f in "$0"/*; do mount --bind "$f" "/etc/${f##*/}" || exit 99; done; exec "$@"`, etc}, args...)
+}
+
+// SomeRange is the first of the ids that someone has besides its own.
+const SomeRange = 700000
+
+// AsSomeone returns the command that runs args as someone, with these ranges
+// of ids, who is in two groups more.
+func AsSomeone(tb testing.TB, ranges string, args ...string) []string {
+	tb.Helper()
+	id := strconv.Itoa(Someone)
+	return WithSomeone(tb, ranges, append([]string{"setpriv", "--pdeathsig", "TERM",
+		"--reuid", id, "--regid", id, "--groups", "4,24", "--"}, args...)...)
+}
+
+// giveToSomeone makes someone the owner of directories and of files in them.
+func giveToSomeone(tb testing.TB, dirs ...string) {
+	tb.Helper()
+	for _, dir := range dirs {
+		paths := []string{dir}
+		entries, err := os.ReadDir(dir)
+		for _, e := range entries {
+			if e.Type().IsRegular() { // a directory may be a file system that does not answer
+				paths = append(paths, filepath.Join(dir, e.Name()))
+			}
+		}
+		for _, path := range paths {
+			err = errors.Join(err, os.Lchown(path, Someone, Someone))
+		}
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
+}
+
+// giveTreeToSomeone makes a directory, and all that is in it, someone's.
+func giveTreeToSomeone(t *testing.T, dir string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(path, Someone, Someone))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 }

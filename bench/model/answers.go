@@ -61,7 +61,7 @@ func (w *world) apply(r *request, v *VM) want {
 		var p place
 		switch p, errno = w.free(path); {
 		case errno != 0:
-		case q.Mode&unix.S_IFMT == unix.S_IFCHR && q.UID != 0:
+		case q.Mode&unix.S_IFMT == unix.S_IFCHR && (q.UID != 0 || v.IDs.Rootless):
 			errno = unix.EPERM
 		default:
 			n = newNode(q.Mode, q.UID, q.GID)

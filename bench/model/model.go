@@ -328,11 +328,12 @@ func (w *world) remove(path string) unix.Errno {
 
 // compare looks at the tree as the host has it and returns the first
 // difference to what it must be, nil if there is none.
-func (n *node) compare(path string, kind fsKind, seen map[uint64]*node) error {
+func (n *node) compare(path string, kind fsKind, ids IDs, seen map[uint64]*node) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
 		return &fs.PathError{Op: "lstat", Path: path, Err: err}
 	}
+	st.Uid, st.Gid = ids.guest(st.Uid), ids.guest(st.Gid)
 	if err := n.matches(&st, kind); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
@@ -362,7 +363,7 @@ func (n *node) compare(path string, kind fsKind, seen map[uint64]*node) error {
 			return fmt.Errorf("%s: %w", path, err)
 		}
 		for name, e := range n.entries {
-			if err := e.compare(filepath.Join(path, name), kind, seen); err != nil {
+			if err := e.compare(filepath.Join(path, name), kind, ids, seen); err != nil {
 				return err
 			}
 		}

@@ -23,6 +23,8 @@ type VM struct {
 	// Thorough compares the tree after each batch, not only where an answer
 	// leaves it open what has been done.
 	Thorough bool
+	// IDs are the users and groups of a rootless helper's guest on the host.
+	IDs IDs
 
 	Answers [codec.NumTypes]int
 	Errnos  map[unix.Errno]int
@@ -34,6 +36,24 @@ type VM struct {
 	around fsKind // of the export's own
 	gen    *generator
 	worlds []*world // that may be: one, but within a batch that a server has died over
+}
+
+// IDs are how a guest's users and groups are numbered on the host: as they are,
+// or as a rootless helper has them. Such a one makes no device nodes.
+type IDs struct {
+	Rootless bool
+	Root     uint32 // the host's number of the guest's 0
+	First    uint32 // and of its 1; the others follow
+}
+
+func (ids IDs) guest(host uint32) uint32 {
+	switch {
+	case !ids.Rootless:
+		return host
+	case host == ids.Root:
+		return 0
+	}
+	return host - ids.First + 1
 }
 
 // Events are what VMs need to know of others: when an answer may be EIO or
@@ -83,7 +103,7 @@ func (w *world) tree(v *VM) *node { return w.root.entries[v.Dir] }
 
 // compare compares the VM's directory with what it must be in w.
 func (v *VM) compare(w *world) error {
-	return w.tree(v).compare(filepath.Join(v.export, v.Dir), v.kind, map[uint64]*node{})
+	return w.tree(v).compare(filepath.Join(v.export, v.Dir), v.kind, v.IDs, map[uint64]*node{})
 }
 
 // Compare compares the VM's directory with what its answers say, and what all
@@ -91,7 +111,7 @@ func (v *VM) compare(w *world) error {
 func (v *VM) Compare() error {
 	shared := v.worlds[0].root.entries["shared"]
 	return errors.Join(v.compare(v.worlds[0]),
-		shared.compare(filepath.Join(v.export, "shared"), v.around, map[uint64]*node{}))
+		shared.compare(filepath.Join(v.export, "shared"), v.around, v.IDs, map[uint64]*node{}))
 }
 
 // Run asks until the time is over. An error names the request.
@@ -270,6 +290,7 @@ func (v *VM) look(o opened) error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
+	st.Uid, st.Gid = v.IDs.guest(st.Uid), v.IDs.guest(st.Gid)
 	if err := n.matches(&st, kind); err != nil {
 		return err
 	}

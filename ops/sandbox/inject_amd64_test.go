@@ -2,7 +2,6 @@ package sandbox_test
 
 import (
 	"fmt"
-	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -47,14 +46,12 @@ func sleeping(t *testing.T, pid int) int {
 	t.Helper()
 	found := 0
 	helpertest.Eventually(t, "a thread sleeps in a system call", func() bool {
-		for tid := range helpertest.Threads(t, pid) {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/syscall", pid, tid))
-			if err == nil && strings.HasPrefix(string(b), fmt.Sprint(unix.SYS_FUTEX, " ")) {
-				fmt.Sscan(tid, &found)
-				return true
+		for tid, call := range helpertest.Syscalls(pid) {
+			if strings.HasPrefix(call, fmt.Sprint(unix.SYS_FUTEX, " ")) {
+				found = tid
 			}
 		}
-		return false
+		return found != 0
 	})
 	return found
 }
@@ -62,20 +59,20 @@ func sleeping(t *testing.T, pid int) int {
 // A server that makes a call which is not on its list is killed and named, and
 // its VMs go on with the next one.
 func TestViolation(t *testing.T) {
-	for _, mode := range []string{"namespace", "chroot"} {
-		t.Run(mode, func(t *testing.T) {
-			p, name := listen(t, export(t), "--sandbox="+mode)
-			c := helpertest.Dial(t, name)
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
+		for call, number := range map[string]uint64{
+			"socket": unix.SYS_SOCKET, "execve": unix.SYS_EXECVE, "ptrace": unix.SYS_PTRACE,
+		} {
+			server := h.Server()
+			inject(t, server, number)
+			helpertest.Eventually(t, "the call is named", func() bool {
+				return h.Logged(fmt.Sprintf("call=%s pid=%d", call, server))
+			})
+			helpertest.Eventually(t, "there is another server", func() bool { return h.Server() != server })
 			c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
-			for call, number := range map[string]uint64{"socket": unix.SYS_SOCKET, "execve": unix.SYS_EXECVE, "ptrace": unix.SYS_PTRACE} {
-				server := p.Server()
-				inject(t, server, number)
-				helpertest.Eventually(t, "the call is named", func() bool {
-					return p.Logged(fmt.Sprintf("call=%s pid=%d", call, server))
-				})
-				helpertest.Eventually(t, "there is another server", func() bool { return p.Server() != server && p.Server() != 0 })
-				c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
-			}
-		})
-	}
+		}
+	})
 }

@@ -71,46 +71,65 @@ func listen(t *testing.T, dir string, options ...string) (*helpertest.Process, s
 	return p, name
 }
 
-// Every thread of both processes, in every mode.
-func TestThreads(t *testing.T) {
-	for mode, supervisor := range map[string]uint64{"namespace": namespace, "chroot": chroot} {
-		t.Run(mode, func(t *testing.T) {
-			p, _ := listen(t, export(t), "--sandbox="+mode)
-			for pid, want := range map[int]capSets{
-				p.PID:      {CapPrm: supervisor, CapEff: names, CapBnd: supervisor},
-				p.Server(): {CapPrm: seven, CapEff: seven},
-			} {
-				for _, st := range helpertest.Threads(t, pid) {
-					if got := threadCaps(t, st); got != want {
-						t.Errorf("%s: %x, want %x", st["Name"], got, want)
-					}
-					if st["NoNewPrivs"] != "1" || st["Groups"] != "" {
-						t.Errorf("%d: NoNewPrivs %s, groups %q", pid, st["NoNewPrivs"], st["Groups"])
-					}
-				}
-			}
-		})
+// exercise makes a helper do a bit of all.
+func exercise(t *testing.T, h *helpertest.Helper) {
+	t.Helper()
+	c := h.Dial()
+	for i := range 20 {
+		c.Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path(fmt.Sprintf("/%d", i)), UID: 1000, GID: 1000})
+		c.Want(0, codec.Remove, codec.Request{Path: helpertest.Path(fmt.Sprintf("/%d", i))})
+		if h.Name == "" {
+			continue
+		}
+		c = h.Dial()
+		os.Remove(h.Name)
+		helpertest.Eventually(t, "the name is back", func() bool { _, err := os.Lstat(h.Name); return err == nil })
 	}
-	t.Run("none", func(t *testing.T) {
-		p, _ := listen(t, export(t), "--sandbox=none", "--seccomp=none")
-		mine := threadCaps(t, helpertest.Status(t, "self"))
-		for _, pid := range []int{p.PID, p.Server()} {
-			// Threads of the server that have made files have less in effect.
-			st := helpertest.Status(t, strconv.Itoa(pid))
-			if got := threadCaps(t, st); got.CapBnd != mine.CapBnd || pid == p.PID && got != mine || st["Groups"] != "4 24" || st["NoNewPrivs"] != "0" {
-				t.Errorf("%x, groups %q: not as started", got, st["Groups"])
+}
+
+// Every thread of both processes.
+func TestThreads(t *testing.T) {
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		exercise(t, h)
+		supervisor := map[string]uint64{"namespace": namespace, "chroot": chroot}[way.Sandbox]
+		for pid, want := range map[int]capSets{
+			h.PID:      {CapPrm: supervisor, CapEff: names, CapBnd: supervisor},
+			h.Server(): {CapPrm: seven, CapEff: seven},
+		} {
+			for _, st := range helpertest.Threads(t, pid) {
+				if got := threadCaps(t, st); got != want {
+					t.Errorf("%s: %x, want %x", st["Name"], got, want)
+				}
+				uid := strings.Fields(st["Uid"])[0]
+				if st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" || st["Groups"] != "" || uid != strconv.Itoa(way.UID()) {
+					t.Errorf("%d: NoNewPrivs %s, Seccomp %s, groups %q, uid %s", pid, st["NoNewPrivs"], st["Seccomp"], st["Groups"], uid)
+				}
 			}
 		}
 	})
 }
 
+// Without a sandbox both processes are as they were started.
+func TestNoSandbox(t *testing.T) {
+	p, _ := listen(t, export(t), "--sandbox=none", "--seccomp=none")
+	mine := threadCaps(t, helpertest.Status(t, "self"))
+	for _, pid := range []int{p.PID, p.Server()} {
+		// Threads of the server that have made files have less in effect.
+		st := helpertest.Status(t, strconv.Itoa(pid))
+		if got := threadCaps(t, st); got.CapBnd != mine.CapBnd || pid == p.PID && got != mine || st["Groups"] != "4 24" || st["NoNewPrivs"] != "0" {
+			t.Errorf("%x, groups %q: not as started", got, st["Groups"])
+		}
+	}
+}
+
 var namespaces = []string{"mnt", "net", "ipc", "uts", "pid"}
 
-// own returns which of the namespaces a process has for itself.
-func own(t *testing.T, pid int) (kinds []string) {
+// own returns which namespaces of a process are not those of another.
+func own(t *testing.T, pid, other int) (kinds []string) {
 	t.Helper()
 	for _, kind := range namespaces {
-		mine, err := os.Readlink("/proc/self/ns/" + kind)
+		mine, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", other, kind))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -144,54 +163,80 @@ func mountpoints(t *testing.T, pid int) (points []string, options map[string]str
 // The server has the export and what is mounted below it, no network, and no
 // other process.
 func TestNamespaces(t *testing.T) {
-	dir := export(t)
-	mount(t, dir)
-	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
-		t.Fatal(err)
+	confined := func(w helpertest.Way) (reason string) {
+		if w.Sandbox != "namespace" {
+			return "it has no namespaces"
+		}
+		return ""
 	}
-	mount(t, filepath.Join(dir, "sub"))
-	p, name := listen(t, dir)
-	server := p.Server()
-	if got := own(t, p.PID); got != nil {
-		t.Errorf("the supervisor has %v of its own", got)
-	}
-	if got := own(t, server); !slices.Equal(got, namespaces) {
-		t.Errorf("the server has only %v of its own", got)
-	}
-	points, options := mountpoints(t, server)
-	if !slices.Equal(points, []string{"/", "/sub"}) {
-		t.Errorf("the server has mounts at %v", points)
-	}
-	for point, o := range options {
-		for _, want := range []string{"nosuid", "nodev", "noexec", "rw"} {
-			if !slices.Contains(strings.Split(o, ","), want) {
-				t.Errorf("the server's %s is %s, not %s", point, o, want)
+	helpertest.EachWay(t, confined, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: func(t *testing.T, export string) {
+			mount(t, export)
+			sub := filepath.Join(export, "sub")
+			if err := os.Mkdir(sub, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			mount(t, sub)
+			if err := os.Chown(sub, way.UID(), way.UID()); err != nil {
+				t.Fatal(err)
+			}
+		}})
+		server := h.Server()
+		if got := own(t, h.PID, os.Getpid()); got != nil && !(slices.Equal(got, []string{"mnt"}) && (way.Rootless || !way.Foreground)) {
+			t.Errorf("the supervisor has %v of its own", got) // the test starts some with other mounts
+		}
+		if got := own(t, server, h.PID); !slices.Equal(got, namespaces) {
+			t.Errorf("the server has only %v of its own", got)
+		}
+		points, options := mountpoints(t, server)
+		if !slices.Equal(points, []string{"/", "/sub"}) {
+			t.Errorf("the server has mounts at %v", points)
+		}
+		for point, o := range options {
+			for _, want := range []string{"nosuid", "nodev", "noexec", "rw"} {
+				if !slices.Contains(strings.Split(o, ","), want) {
+					t.Errorf("the server's %s is %s, not %s", point, o, want)
+				}
 			}
 		}
-	}
-	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", server)); err != nil || strings.Count(string(b), ":") != 1 || !strings.Contains(string(b), "lo:") {
-		t.Errorf("the server's network: %v\n%s", err, b)
-	}
-	helpertest.Dial(t, name).Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/sub/dir")})
-	if _, err := os.Stat(filepath.Join(dir, "sub/dir")); err != nil {
-		t.Error(err)
-	}
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", server))
+		if err != nil || strings.Count(string(b), ":") != 1 || !strings.Contains(string(b), "lo:") {
+			t.Errorf("the server's network: %v\n%s", err, b)
+		}
+		h.Dial().Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/sub/dir")})
+		if _, err := os.Stat(filepath.Join(h.Export, "sub/dir")); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // What only a chroot gives up: the namespaces.
 func TestChroot(t *testing.T) {
-	for _, mode := range []string{"chroot", "none"} {
-		dir := export(t)
-		p, _ := listen(t, dir, "--sandbox="+mode)
-		if got := own(t, p.Server()); got != nil {
-			t.Errorf("%s: the server has %v of its own", mode, got)
+	check := func(t *testing.T, supervisor, server int, dir string) {
+		t.Helper()
+		if got := own(t, server, supervisor); got != nil {
+			t.Errorf("the server has %v of its own", got)
 		}
-		for tid := range helpertest.Threads(t, p.Server()) {
-			if root, _ := os.Readlink(fmt.Sprintf("/proc/%d/task/%s/root", p.Server(), tid)); root != dir {
-				t.Errorf("%s: a thread has the root %s", mode, root)
+		for tid := range helpertest.Threads(t, server) {
+			if root, _ := os.Readlink(fmt.Sprintf("/proc/%d/task/%s/root", server, tid)); root != dir {
+				t.Errorf("a thread has the root %s", root)
 			}
 		}
 	}
+	dir := export(t)
+	p, _ := listen(t, dir, "--sandbox=none")
+	check(t, p.PID, p.Server(), dir)
+	changed := func(w helpertest.Way) (reason string) {
+		if w.Sandbox != "chroot" {
+			return "it has namespaces"
+		}
+		return ""
+	}
+	helpertest.EachWay(t, changed, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		exercise(t, h)
+		check(t, h.PID, h.Server(), h.Export)
+	})
 }
 
 // What the host mounts below the export while it is served appears in it, as
@@ -296,29 +341,39 @@ func mount(t *testing.T, dir string) {
 // A service may be started with few descriptors: each process gets what it
 // needs, or says what it lacks.
 func TestDescriptors(t *testing.T) {
-	start := func(limit string) *helpertest.Process {
-		name := filepath.Join(helpertest.ShortDir(t), "s")
-		p := helpertest.Start(t, helpertest.Command{Path: "/bin/sh", Args: []string{
-			"-c", "ulimit " + limit + ` && exec setpriv --bounding-set -sys_resource "$@"`, "sh",
-			helpertest.Ours(t), "-n", "-p", export(t), "-s", name, "-u", "0", "-g", "0",
-		}})
-		helpertest.AwaitName(t, p, name)
-		return p
-	}
-	p := start("-Sn 256")
-	for _, pid := range []int{p.PID, p.Server()} {
-		var got unix.Rlimit
-		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &got); err != nil {
-			t.Fatal(err)
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		start := func(limit string) *helpertest.Helper {
+			lacks := `setpriv --bounding-set -sys_resource "$@"`
+			if way.Rootless { // and so has it not
+				lacks = `"$@"`
+			}
+			return way.Start(t, helpertest.Setup{Wrap: []string{"sh", "-c", "ulimit " + limit + " && exec " + lacks, "sh"}})
 		}
-		if want := uint64(1024 + 4*64 + 64); got.Cur < want {
-			t.Errorf("may have %d descriptors, want %d", got.Cur, want)
+		h := start("-Sn 256")
+		for _, pid := range []int{h.PID, h.Server()} {
+			if got, want := maxFDs(t, pid), 1024+4*64+64; got < want {
+				t.Errorf("may have %d descriptors, want %d", got, want)
+			}
 		}
+		if h.Logged("LimitNOFILE") {
+			t.Errorf("complains of enough descriptors:\n%s", h.Output())
+		}
+		if h := start("-n 256"); !h.Logged("LimitNOFILE") {
+			t.Errorf("does not say that it has few descriptors:\n%s", h.Output())
+		}
+	})
+}
+
+// maxFDs returns how many descriptors a process may have.
+func maxFDs(t *testing.T, pid int) (n int) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if p.Logged("LimitNOFILE") {
-		t.Errorf("complains of enough descriptors:\n%s", p.Output())
+	_, line, _ := strings.Cut(string(b), "Max open files")
+	if _, err := fmt.Sscan(line, &n); err != nil {
+		t.Fatalf("%v in %s", err, b)
 	}
-	if p := start("-n 256"); !p.Logged("LimitNOFILE") {
-		t.Errorf("does not say that it has few descriptors:\n%s", p.Output())
-	}
+	return n
 }

@@ -25,19 +25,16 @@ const (
 	noRange     = "other:700000:65536\n"
 	wrongRange  = "someone:4294967290:65536\n" // that newuidmap refuses
 
-	someRange = 700000
+	someRange = helpertest.SomeRange
 )
 
 const someone = helpertest.Someone
 
-// asSomeone returns the command that runs args as someone, who is in two groups
-// more.
+// asSomeone returns the command that runs args as someone.
 func asSomeone(t *testing.T, ranges string, args ...string) helpertest.Command {
 	t.Helper()
-	id := strconv.Itoa(someone)
-	args = helpertest.WithSomeone(t, ranges, append([]string{"setpriv", "--pdeathsig", "TERM",
-		"--reuid", id, "--regid", id, "--groups", "4,24", "--"}, args...)...)
-	return helpertest.Command{Path: "/usr/bin/" + args[0], Args: args[1:]}
+	args = helpertest.AsSomeone(t, ranges, args...)
+	return helpertest.Command{Path: args[0], Args: args[1:]}
 }
 
 // exportOf returns a directory that someone shares, in one where it may make a
@@ -294,7 +291,7 @@ func TestRootlessKilled(t *testing.T) {
 	r.Signal(syscall.SIGKILL)
 	r.Wait()
 	helpertest.Eventually(t, "all have ended", func() bool {
-		return syscall.Kill(supervisor, 0) != nil && syscall.Kill(server, 0) != nil
+		return helpertest.Ended(supervisor) && helpertest.Ended(server)
 	})
 	if _, err := os.Lstat(r.name); err == nil {
 		t.Error("the name stands")
@@ -325,33 +322,6 @@ func TestRootlessFD(t *testing.T) {
 			t.Errorf("--fd %d: status %d\n%s", fd, status, p.Output())
 		}
 	}
-}
-
-func TestRootlessDaemon(t *testing.T) {
-	t.Parallel()
-	dir := exportOf(t)
-	r := &rootless{dir: dir, name: filepath.Join(filepath.Dir(dir), "s")}
-	cmd := asSomeone(t, withRange, helpertest.Ours(t), "-p", dir, "-s", r.name, "--pidfile", r.pidfile(),
-		"-u", strconv.Itoa(someone), "-g", strconv.Itoa(someRange+999))
-	if status, out := helpertest.Run(t, cmd); status != 0 || out != "" {
-		t.Fatalf("status %d, %q", status, out)
-	}
-	supervisor := r.supervisor(t)
-	defer syscall.Kill(supervisor, syscall.SIGTERM)
-	if session, _ := helpertest.Session(t, supervisor); session != supervisor {
-		t.Errorf("the daemon is in session %d", session)
-	}
-	if got := owner(t, r.name); got != [2]uint32{someone, someRange + 999} {
-		t.Errorf("the socket is of %v", got)
-	}
-	c := helpertest.Dial(t, r.name)
-	makeAll(t, c, 1000, 0)
-	syscall.Kill(supervisor, syscall.SIGTERM)
-	c.WantEOF()
-	helpertest.Eventually(t, "names and pidfile go", func() bool {
-		entries, _ := os.ReadDir(filepath.Dir(dir))
-		return len(entries) == 1
-	})
 }
 
 func TestRootlessReadOnly(t *testing.T) {

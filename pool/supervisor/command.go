@@ -120,7 +120,7 @@ func (c *Config) RunDetached() error {
 	ready := false
 	err := c.run(surroundings{
 		conn:   conn,
-		output: func() io.Writer { return syslogOutput(Name) },
+		output: syslogOutput(Name),
 		ready: func() error {
 			ready = true
 			return errors.Join(os.Chdir("/"), report.ready())

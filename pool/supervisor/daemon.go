@@ -74,14 +74,16 @@ func (r *report) send(msg []byte) error {
 	return errors.Join(err, r.pipe.Close())
 }
 
-// syslogOutput writes log lines of slog's text format to the system's log, each with
-// its own priority. Without a system log they are lost.
-func syslogOutput(tag string) io.Writer {
+// syslogOutput connects to the system's log, once, and returns a function that
+// makes writers of it, one for each process that logs. They take log lines of
+// slog's text format, and give each its own priority. Without a system log
+// lines are lost.
+func syslogOutput(tag string) func() io.Writer {
 	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, tag)
 	if err != nil {
-		return io.Discard
+		return func() io.Writer { return io.Discard }
 	}
-	return &syslogWriter{log: w}
+	return func() io.Writer { return &syslogWriter{log: w} }
 }
 
 type syslogWriter struct {

@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -80,86 +79,94 @@ func TestRefusals(t *testing.T) {
 // The command returns when the name takes connections, and keeps nothing of
 // its caller's.
 func TestDaemon(t *testing.T) {
-	dir := helpertest.ShortDir(t)
-	name, pidfile := filepath.Join(dir, "s"), filepath.Join(dir, "pid")
-	ours := helpertest.Ours(t)
-	umask := unix.Umask(0o777)
-	status, out := helpertest.Run(t, helpertest.Command{
-		Path: ours, Dir: dir,
-		Args: []string{"--path=.", "--socket", "s", "--uid=65534", "-g65533", "--pidfile", "pid"},
-		Env:  []string{"SECRET=of the caller"},
-	})
-	unix.Umask(umask)
-	if status != 0 || out != "" {
-		t.Fatalf("status %d, %q", status, out)
-	}
-	b, err := os.ReadFile(pidfile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer syscall.Kill(pid, syscall.SIGTERM)
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/pid")})
-	var st unix.Stat_t
-	if err := unix.Lstat(name, &st); err != nil || st.Uid != 65534 || st.Gid != 65533 || st.Mode != unix.S_IFSOCK|0o660 {
-		t.Errorf("name: %v, %d:%d, mode %o", err, st.Uid, st.Gid, st.Mode)
-	}
-	if session, tty := helpertest.Session(t, pid); session != pid || tty != 0 {
-		t.Errorf("session %d of %d, tty %d", session, pid, tty)
-	}
-	if cwd, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); cwd != "/" {
-		t.Errorf("works in %s", cwd)
-	}
-	if env, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid)); strings.Contains(string(env), "SECRET") {
-		t.Error("keeps the environment")
-	}
-	for fd, to := range helpertest.FDs(t, pid) {
-		if fd < 3 && to != "/dev/null" && !strings.HasPrefix(to, "pipe:") {
-			t.Errorf("descriptor %d is %s", fd, to)
+	daemon := func(w helpertest.Way) (reason string) {
+		if w.Foreground || w.FD {
+			return "it is not a daemon with a name"
 		}
+		return ""
 	}
-	c.Close()
-	syscall.Kill(pid, syscall.SIGTERM)
-	helpertest.Eventually(t, "names and pidfile go", func() bool {
-		entries, _ := os.ReadDir(dir)
-		return len(entries) == 0
+	helpertest.EachWay(t, daemon, func(t *testing.T, way helpertest.Way) {
+		uid, gid := uint32(65534), uint32(65533)
+		if way.Rootless {
+			uid, gid = helpertest.Someone, helpertest.SomeRange+999
+		}
+		h := way.Start(t, helpertest.Setup{
+			Wrap: []string{"sh", "-c", `umask 777; exec "$@"`, "sh"},
+			Args: []string{"--path=.", "--socket", "socket", fmt.Sprint("--uid=", uid), fmt.Sprint("-g", gid), "--pidfile", "pid"},
+			Env:  []string{"SECRET=of the caller"},
+		})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/pid")})
+		var st unix.Stat_t
+		if err := unix.Lstat(h.Name, &st); err != nil || st.Uid != uid || st.Gid != gid || st.Mode != unix.S_IFSOCK|0o660 {
+			t.Errorf("name: %v, %d:%d, mode %o", err, st.Uid, st.Gid, st.Mode)
+		}
+		if session, tty := helpertest.Session(t, h.PID); session != h.PID || tty != 0 {
+			t.Errorf("session %d of %d, tty %d", session, h.PID, tty)
+		}
+		if cwd, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", h.PID)); cwd != "/" {
+			t.Errorf("works in %s", cwd)
+		}
+		if env, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", h.PID)); strings.Contains(string(env), "SECRET") {
+			t.Error("keeps the environment")
+		}
+		for fd, to := range helpertest.FDs(t, h.PID) {
+			if fd < 3 && to != "/dev/null" && !strings.HasPrefix(to, "pipe:") {
+				t.Errorf("descriptor %d is %s", fd, to)
+			}
+		}
+		h.Signal(syscall.SIGTERM)
+		c.WantEOF()
+		helpertest.Eventually(t, "names and pidfile go", func() bool {
+			entries, _ := os.ReadDir(h.Dir)
+			return len(entries) == 1
+		})
 	})
+}
+
+// named is why a test of names does not apply in a way, or "".
+func named(w helpertest.Way) (reason string) {
+	if w.FD {
+		return "it has no name"
+	}
+	return ""
 }
 
 // QEMU unlinks the name; no connection is refused for that.
 func TestNameComesBack(t *testing.T) {
-	_, name := helpertest.Listen(t, helpertest.Ours(t), t.TempDir())
-	for i := range 200 {
-		c := helpertest.Dial(t, name)
-		c.Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
-		c.Close()
-		var err error
-		if i%2 == 0 {
-			err = os.Remove(name)
-		} else {
-			err = os.Rename(name, name+".old")
+	helpertest.EachWay(t, named, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		for i := range 200 {
+			c := h.Dial()
+			c.Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+			c.Close()
+			var err error
+			if i%2 == 0 {
+				err = os.Remove(h.Name)
+			} else {
+				err = os.Rename(h.Name, h.Name+".old")
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			helpertest.Eventually(t, "the name is back", func() bool { _, err := os.Lstat(h.Name); return err == nil })
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		helpertest.Eventually(t, "the name is back", func() bool { _, err := os.Lstat(name); return err == nil })
-	}
+	})
 }
 
 // A dead socket is replaced; of two helpers on one name, one wins.
 func TestClaims(t *testing.T) {
-	p, name := helpertest.Listen(t, helpertest.Ours(t), t.TempDir())
-	args := []string{"-n", "-p", t.TempDir(), "-s", name, "-u", "0", "-g", "0"}
-	if status, out := helpertest.Run(t, helpertest.Command{Path: helpertest.Ours(t), Args: args}); status != 1 || !strings.Contains(out, "in use") {
-		t.Errorf("second helper: status %d, %q", status, out)
-	}
-	p.Signal(syscall.SIGKILL)
-	p.Wait()
-	next := helpertest.Start(t, helpertest.Command{Path: helpertest.Ours(t), Args: args})
-	helpertest.AwaitName(t, next, name)
-	helpertest.Dial(t, name).Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+	helpertest.EachWay(t, named, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{})
+		same := helpertest.Setup{Dir: h.Dir}
+		if status, out := way.Refused(t, same); status != 1 || !strings.Contains(out, "in use") {
+			t.Errorf("second helper: status %d, %q", status, out)
+		}
+		c := h.Dial()
+		c.Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+		c.Close() // its server would stay for it
+		h.Signal(syscall.SIGKILL)
+		h.Wait()
+		way.Start(t, same).Dial().Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+	})
 }
