@@ -26,7 +26,6 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/supervisor"
 )
@@ -149,7 +148,7 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--seccomp %q: not one of kill, log, none", o.Sandbox.Seccomp)
 	}
 	o.UID, o.GID = int(uid), int(gid)
-	o.Sandbox.ReadOnly = o.server.FS.ReadOnly && o.Sandbox.Sandbox == sandbox.SandboxNamespace
+	o.Sandbox.ReadOnly = o.server.FS.ReadOnly
 	if o.PIDFile != "" { // the daemon leaves this directory before it removes the file
 		if o.PIDFile, err = filepath.Abs(o.PIDFile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)

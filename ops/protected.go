@@ -21,13 +21,18 @@ type Sysctls struct {
 	ProtectedFIFOs   int // fs.protected_fifos
 }
 
-// ReadSysctls reads what is set now; before the process is confined, as it
+// strictest is what a setting counts as that can't be read: /proc/sys is hidden
+// from many services (ProcSubset=pid, mount -o subset=pid).
+const strictest = 2
+
+// ReadSysctls reads what is set now; before the process is sandboxed, as it
 // sees /proc/sys no more then.
 func ReadSysctls() (s Sysctls, err error) {
 	for name, value := range map[string]*int{"protected_regular": &s.ProtectedRegular, "protected_fifos": &s.ProtectedFIFOs} {
 		b, err := os.ReadFile("/proc/sys/fs/" + name)
 		if errors.Is(err, os.ErrNotExist) {
-			continue // before Linux 4.19
+			*value = strictest
+			continue
 		}
 		if err == nil {
 			*value, err = strconv.Atoi(string(bytes.TrimSpace(b)))

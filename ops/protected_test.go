@@ -62,3 +62,31 @@ func TestProtectedRegular(t *testing.T) {
 		}
 	}
 }
+
+// A service manager hides /proc/sys (ProcSubset=pid). What can't be read is not
+// off: the file of somebody else in a sticky directory is not to be had.
+func TestProtectedRegularUnknown(t *testing.T) {
+	dir := helpertest.ShortDir(t)
+	tmp := filepath.Join(dir, "tmp")
+	file := filepath.Join(tmp, "file")
+	for _, err := range []error{
+		os.Chmod(dir, 0o755), os.Mkdir(tmp, 0o755), os.WriteFile(file, nil, 0o666),
+		os.Chown(file, 1000, 1000), unix.Chmod(tmp, unix.S_ISVTX|0o777),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	name := filepath.Join(helpertest.ShortDir(t), "socket")
+	p := helpertest.Start(t, helpertest.Command{
+		Path: "unshare",
+		Args: []string{"--mount", "--propagation", "private", "sh", "-c",
+			`mount -t proc -o subset=pid proc /proc && exec "$@"`, "sh",
+			helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0"},
+	})
+	helpertest.AwaitName(t, p, name)
+	create := codec.Request{
+		Path: helpertest.Path("/tmp/file"), Flags: unix.O_CREAT | unix.O_RDWR, Mode: 0o600, UID: 1001, GID: 1001,
+	}
+	helpertest.Dial(t, name).Want(unix.EACCES, codec.Create, create)
+}

@@ -1,6 +1,7 @@
 package ops_test
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/codec"
 )
 
 // mountAgain binds dir to a new place with other flags.
@@ -141,4 +143,38 @@ func TestReadOnlyAccessMode3(t *testing.T) {
 	_, fs := helpertest.Pair(t, helpertest.Ours(t), dir)
 	want(t, fs, unix.EROFS, open("/file", 3), create("/file", 3|unix.O_CREAT, 0, 1000, 1000))
 	want(t, fs, unix.EISDIR, open("/dir", 3))
+}
+
+// With --readonly the mount is read-only, not the answers alone: QEMU can't
+// change anything through a descriptor that it has been given.
+func TestReadOnlyReopened(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	makeTree(t, dir)
+	_, c := helpertest.Pair(t, helpertest.Ours(t), dir, "--readonly")
+	opened := func(path string) int {
+		a, err := c.TryDo(codec.Open, codec.Request{Path: helpertest.Path(path)})
+		if err != nil || a.Errno != 0 {
+			t.Fatalf("OPEN %s: %v, %v", path, a.Errno, err)
+		}
+		t.Cleanup(func() { a.File.Close() })
+		return int(a.File.Fd())
+	}
+	file, sub := opened("/file"), opened("/dir")
+	again := fmt.Sprintf("/proc/self/fd/%d", file)
+	fd, err := unix.Open(again, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	for what, err := range map[string]error{
+		"open it for writing": err,
+		"truncate it":         unix.Truncate(again, 0),
+		"fchmod it":           unix.Fchmod(file, 0o777),
+		"make a file":         unix.Mknodat(sub, "new", unix.S_IFREG|0o600, 0),
+		"make a directory":    unix.Mkdirat(sub, "new", 0o700),
+	} {
+		if err != unix.EROFS {
+			t.Errorf("%s: %v, want EROFS", what, err)
+		}
+	}
 }

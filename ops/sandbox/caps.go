@@ -42,7 +42,9 @@ func (c Config) setupCaps() []cap.Value {
 // about it.
 func (c Config) Check() error {
 	if c.ReadOnly && c.Sandbox != SandboxNamespace {
-		return fmt.Errorf("--sandbox=%s: only --sandbox=namespace can make the export read-only", c.Sandbox)
+		return fmt.Errorf("--readonly --sandbox=%s: descriptors that QEMU is given could be opened again "+
+			"for writing, as the mount is not read-only: use --sandbox=namespace, or mount the export "+
+			"read-only and leave out --readonly", c.Sandbox)
 	}
 	have := cap.GetProc()
 	var missing []string

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"unsafe"
 
@@ -44,7 +45,7 @@ func (c Config) filterServer() (*os.File, error) {
 	if c.Seccomp == SeccompNone {
 		return nil, nil
 	}
-	fd, err := filter(serverCalls(), unix.SECCOMP_RET_USER_NOTIF,
+	fd, err := filter(serverCalls, unix.SECCOMP_RET_USER_NOTIF,
 		unix.SECCOMP_FILTER_FLAG_NEW_LISTENER|unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH)
 	if err != nil {
 		return nil, err
@@ -63,13 +64,18 @@ func (c Config) filterSupervisor() error {
 	case SeccompLog:
 		verdict = unix.SECCOMP_RET_LOG
 	}
-	_, err := filter(supervisorCalls(), verdict, 0)
+	_, err := filter(supervisorCalls, verdict, 0)
 	return err
 }
 
 // filter puts all threads of the process under a list: what is not on it gets
 // the verdict.
-func filter(list []seccomp.SyscallGroup, verdict uint32, flags uintptr) (int, error) {
+func filter(calls func(goarch string) ([]seccomp.SyscallGroup, error),
+	verdict uint32, flags uintptr) (int, error) {
+	list, err := calls(runtime.GOARCH)
+	if err != nil {
+		return -1, err
+	}
 	policy := seccomp.Policy{DefaultAction: unlisted, Syscalls: list}
 	program, err := policy.Assemble()
 	if err != nil {

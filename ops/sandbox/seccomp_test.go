@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/elastic/go-seccomp-bpf"
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/sys/unix"
 )
@@ -53,7 +54,7 @@ func attempts() []attempt {
 		"clone3",              // the list answers it itself
 		"uretprobe", "uprobe", // the kernel lets them by filters: they kill whoever makes them
 	}
-	for _, group := range serverCalls() {
+	for _, group := range mustList(serverCalls(runtime.GOARCH)) {
 		named = append(named, group.Names...)
 		for _, c := range group.NamesWithCondtions {
 			named = append(named, c.Name)
@@ -194,5 +195,48 @@ func TestSeccompLog(t *testing.T) {
 	}
 	if got, want := output(), "getsid: 0\ngetsid: 0\ngetppid: 0\nclone3: 38\n"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func mustList(list []seccomp.SyscallGroup, err error) []seccomp.SyscallGroup {
+	if err != nil {
+		panic(err)
+	}
+	return list
+}
+
+// Each call of the lists exists on each architecture that is claimed, or is
+// said to be missing there; the numbers are those of the kernel's headers.
+func TestArchitectures(t *testing.T) {
+	for goarch, numbers := range map[string]map[string]int{
+		"amd64": {"newfstatat": 262, "openat": 257, "recvmmsg": 299, "sendmmsg": 307, "renameat": 264},
+		"arm64": {"fstatat": 79, "openat": 56, "recvmmsg": 243, "sendmmsg": 269, "renameat": 38},
+	} {
+		known, err := arch.GetInfo(goarch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for what, calls := range map[string]func(string) ([]seccomp.SyscallGroup, error){
+			"server": serverCalls, "supervisor": supervisorCalls,
+		} {
+			list, err := calls(goarch)
+			if err != nil {
+				t.Errorf("%s: %s: %v", goarch, what, err)
+				continue
+			}
+			for name, number := range numbers {
+				if !slices.Contains(list[0].Names, name) || known.SyscallNames[name] != number {
+					t.Errorf("%s: the %s's %s is not on its list as number %d", goarch, what, name, number)
+				}
+			}
+		}
+	}
+	for _, goarch := range []string{"riscv64", "ppc64le", "s390x", "386", "arm", "mips64"} {
+		if _, err := serverCalls(goarch); err == nil || !strings.Contains(err.Error(), "--seccomp=none") {
+			t.Errorf("%s: %v", goarch, err)
+		}
+	}
+	if _, err := list("arm64", [][]string{{"epoll_create"}}, nil); err == nil {
+		t.Error("a call that arm64 lacks is left out without a word")
 	}
 }

@@ -1,15 +1,29 @@
 package sandbox
 
 import (
+	"fmt"
 	"os"
+	"slices"
 
 	"github.com/elastic/go-seccomp-bpf"
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/sys/unix"
 )
 
-// The lists name a call as every architecture does that has it; one that an
-// architecture lacks is left out.
+// The lists name calls as amd64 does. Another architecture is supported if
+// otherNames says what it lacks: a name that is missing unexpectedly would be
+// found by a killed server, at a request.
+
+// otherNames are, for each architecture that a filter can be made for, the names
+// of calls that the library has otherwise there; "" for one that does not exist.
+var otherNames = map[string]map[string]string{
+	"amd64": {},
+	"arm64": {
+		"newfstatat": "fstatat",
+		// Their successors are on the lists, too, and the only ones in use.
+		"access": "", "arch_prctl": "", "epoll_wait": "", "poll": "",
+	},
+}
 
 // runtimeCalls are what Go, and with cgo the C library, needs once it runs.
 var runtimeCalls = []string{
@@ -46,8 +60,8 @@ var startCalls = []string{
 }
 
 // serverCalls is what a server may do once it is confined.
-func serverCalls() []seccomp.SyscallGroup {
-	return list([][]string{runtimeCalls, serviceCalls, fileCalls}, []seccomp.NameWithConditions{
+func serverCalls(goarch string) ([]seccomp.SyscallGroup, error) {
+	return list(goarch, [][]string{runtimeCalls, serviceCalls, fileCalls}, []seccomp.NameWithConditions{
 		// Threads, no processes.
 		only("clone", seccomp.Condition{Argument: 0, Operation: seccomp.BitsSet, Value: unix.CLONE_THREAD}),
 		// No memory becomes code.
@@ -68,35 +82,50 @@ func serverCalls() []seccomp.SyscallGroup {
 }
 
 // supervisorCalls is what the supervisor may do, and no server more than that.
-func supervisorCalls() []seccomp.SyscallGroup {
-	return list([][]string{runtimeCalls, serviceCalls, fileCalls, startCalls}, nil)
+func supervisorCalls(goarch string) ([]seccomp.SyscallGroup, error) {
+	return list(goarch, [][]string{runtimeCalls, serviceCalls, fileCalls, startCalls}, nil)
 }
 
 // list lets these calls pass. clone3 keeps its arguments where no filter sees
 // them: the C library takes clone if there is none.
-func list(names [][]string, conditions []seccomp.NameWithConditions) []seccomp.SyscallGroup {
-	allow := seccomp.SyscallGroup{Action: seccomp.ActionAllow}
-	known, err := arch.GetInfo("")
-	if err != nil { // Assemble says so
-		return []seccomp.SyscallGroup{allow}
+func list(goarch string, names [][]string, conditions []seccomp.NameWithConditions) (
+	[]seccomp.SyscallGroup, error) {
+	other, ok := otherNames[goarch]
+	known, err := arch.GetInfo(goarch)
+	if !ok || err != nil {
+		return nil, fmt.Errorf("no list of system calls for %s, only for amd64 and arm64: "+
+			"--seccomp=none does without", goarch)
 	}
-	has := func(name string) bool { _, ok := known.SyscallNames[name]; return ok }
-	for _, some := range names {
-		for _, name := range some {
-			if has(name) {
-				allow.Names = append(allow.Names, name)
-			}
+	local := func(name string) (string, error) {
+		there, renamed := other[name]
+		if !renamed {
+			there = name
+		}
+		if _, ok := known.SyscallNames[there]; !ok && there != "" {
+			return "", fmt.Errorf("list of system calls: %s has no %s", goarch, name)
+		}
+		return there, nil
+	}
+	allow := seccomp.SyscallGroup{Action: seccomp.ActionAllow}
+	for _, name := range slices.Concat(names...) {
+		there, err := local(name)
+		if err != nil {
+			return nil, err
+		}
+		if there != "" {
+			allow.Names = append(allow.Names, there)
 		}
 	}
 	for _, c := range conditions {
-		if has(c.Name) {
-			allow.NamesWithCondtions = append(allow.NamesWithCondtions, c)
+		if c.Name, err = local(c.Name); err != nil {
+			return nil, err
 		}
+		allow.NamesWithCondtions = append(allow.NamesWithCondtions, c)
 	}
 	return []seccomp.SyscallGroup{
 		allow,
 		{Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS), Names: []string{"clone3"}},
-	}
+	}, nil
 }
 
 func only(name string, conditions ...seccomp.Condition) seccomp.NameWithConditions {

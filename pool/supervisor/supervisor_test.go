@@ -55,6 +55,8 @@ func TestRefusals(t *testing.T) {
 		{[]string{"-p", dir, "-f", "77"}, "not an open descriptor"},
 		{[]string{"-p", dir, "-f", "0"}, "not a connected unix stream socket"},
 		{append(s(dir+"/s"), "--workers", "0"), "--workers"},
+		{append(s(dir+"/s"), "--readonly", "--sandbox=chroot"), "use --sandbox=namespace"},
+		{append(s(dir+"/s"), "--readonly", "--sandbox=none"), "use --sandbox=namespace"},
 		{append(s(dir+"/s"), "--log-level=loud"), "--log-level"},
 		{append(s(dir+"/s"), "more"), "unexpected argument"},
 		{append(s(dir+"/s"), "--pidfile", dir+"/none/pid"), "--pidfile"},
