@@ -249,10 +249,14 @@ func (n *node) matchesWire(b []byte, kind fsKind) error {
 	}
 	d := func(at int) uint32 { return binary.NativeEndian.Uint32(b[at:]) }
 	q := func(at int) uint64 { return binary.NativeEndian.Uint64(b[at:]) }
-	st := unix.Stat_t{Ino: q(8), Nlink: q(16), Mode: d(24), Uid: d(28), Gid: d(32), Rdev: q(36), Size: int64(q(44))}
+	st := unix.Stat_t{Ino: q(8), Mode: d(24), Uid: d(28), Gid: d(32), Rdev: q(36), Size: int64(q(44))}
+	set(&st.Nlink, q(16))
 	st.Mtim = unix.Timespec{Sec: int64(q(84)), Nsec: int64(q(92))}
 	return n.matches(&st, kind)
 }
+
+// set sets a field whose type depends on the architecture.
+func set[T uint32 | uint64](field *T, v uint64) { *field = T(v) }
 
 func (n *node) matchesVersion(b []byte) error {
 	if len(b) != 8 {
