@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 }
 
 func testMain(m *testing.M) int {
-	if helper == "" && !testing.Short() {
+	if helper == "" && !testing.Short() && os.Geteuid() == 0 {
 		dir, err := os.MkdirTemp("", "helper")
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -371,6 +371,10 @@ func alone(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots a guest")
 	}
+	helpertest.NeedRoot(t)
+	helpertest.NeedProgram(t, "qemu-system-x86_64", "qemu-system-x86")
+	helpertest.NeedProgram(t, "busybox", "busybox-static")
+	helpertest.NeedProgram(t, "cpio", "cpio")
 	t.Parallel()
 }
 
