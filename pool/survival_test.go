@@ -365,6 +365,8 @@ func TestDyingServers(t *testing.T) {
 // A server that is killed while a file system holds a thread of it, which
 // nobody can kill then, is replaced all the same.
 func TestKilledWhileHeld(t *testing.T) {
+	helpertest.NeedFUSE(t)
+	helpertest.NeedLinux(t, 6, 9, "a pidfd of a thread, to see the death of a process that is held")
 	dir := export(t)
 	stuck := filepath.Join(dir, "stuck")
 	if err := os.Mkdir(stuck, 0o755); err != nil {
