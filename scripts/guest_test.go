@@ -262,14 +262,16 @@ func TestRootlessInGuest(t *testing.T) {
 		stat -c %u:%g 1/1 2/1 3/1
 		chown 1000:1000 1 2>&1
 		echo user:x:1000:1000::/:/bin/sh >>/etc/passwd
-		chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/sh -- -c 'echo mine >own && chmod 600 own && ln -s own link && cat link' 2>&1
+		chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/sh -- \
+			-c 'echo mine >own && chmod 600 own && ln -s own link && cat link' 2>&1
 		stat -c %u:%g 1 own 2>/dev/null; true`
 	for _, c := range []struct {
 		name, ranges, prints string
 		owner                uint32 // on the host, of what the guest's 1000 has made
 	}{
 		{"range", "someone:700000:65536\n", "0:0\n1000:1000\n65534:65534\nmine\n1000:1000\n1000:1000\n", 700999},
-		{"alone", "", "0:0\n0:0\n0:0\nchown: 1: Operation not permitted\n/bin/sh: can't create own: Operation not permitted\n0:0\n", 0},
+		{"alone", "", "0:0\n0:0\n0:0\nchown: 1: Operation not permitted\n" +
+			"/bin/sh: can't create own: Operation not permitted\n0:0\n", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			// QEMU's user must reach the share. No directory of t.TempDir lets it.
