@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // TestMain is a floor when a test has started this binary as one.
@@ -29,12 +31,7 @@ func TestMain(m *testing.M) {
 // to be right.
 func smoke(t *testing.T, args ...string) *report {
 	t.Helper()
-	if err := needHelper(cHelper); err != nil {
-		t.Fatal(err)
-	}
-	if os.Getuid() != 0 {
-		t.Skip("the C helper needs root")
-	}
+	helpertest.C(t)
 	o, err := parseOptions(append(args, "--dir", t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
@@ -100,9 +97,7 @@ func TestGuestMix(t *testing.T) {
 
 // What bench sends is recorded on its way, and replayed.
 func TestRecordAndReplay(t *testing.T) {
-	if err := needHelper(cHelper); err != nil {
-		t.Fatal(err)
-	}
+	helpertest.C(t)
 	dir := t.TempDir()
 	p := &program{name: "recorded", export: filepath.Join(dir, "export")}
 	if err := os.Mkdir(p.export, 0o755); err != nil {
@@ -187,9 +182,7 @@ func TestMixture(t *testing.T) {
 
 // The table has a figure in each cell, and says which operation is the worst.
 func TestTable(t *testing.T) {
-	if err := needHelper(cHelper); err != nil {
-		t.Fatal(err)
-	}
+	helpertest.C(t)
 	o, err := parseOptions([]string{"--table", "--helper", cHelper, "--rounds", "1", "--chunk", "4", "--dir", t.TempDir()})
 	if err != nil {
 		t.Fatal(err)

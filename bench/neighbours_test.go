@@ -8,13 +8,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
 )
 
 func TestNeighbours(t *testing.T) {
-	if err := needHelper(cHelper); err != nil {
-		t.Fatal(err)
-	}
+	helpertest.C(t)
+	helpertest.NeedFUSE(t)
 	o, err := parseOptions([]string{"--hang", "5", "--peer", "--rounds", "2", "--chunk", "10", "--connections", "2", "--pin", "shared", "--dir", t.TempDir()})
 	if err != nil {
 		t.Fatal(err)

@@ -30,9 +30,12 @@ func TestParseTrace(t *testing.T) {
 		fails string
 	}{
 		{name: "empty"},
-		{name: "a frame and a descriptor", lines: []string{lstatRoot, enoent, openRoot, withFD}, want: []unix.Errno{unix.ENOENT, 0}},
-		{name: "pipelined", lines: []string{openRoot, lstatRoot, eacces, enoent}, want: []unix.Errno{unix.EACCES, unix.ENOENT}},
-		{name: "the last is not answered", lines: []string{lstatRoot, enoent, openRoot}, want: []unix.Errno{unix.ENOENT}},
+		{name: "a frame and a descriptor", lines: []string{lstatRoot, enoent, openRoot, withFD},
+			want: []unix.Errno{unix.ENOENT, 0}},
+		{name: "pipelined", lines: []string{openRoot, lstatRoot, eacces, enoent},
+			want: []unix.Errno{unix.EACCES, unix.ENOENT}},
+		{name: "the last is not answered", lines: []string{lstatRoot, enoent, openRoot},
+			want: []unix.Errno{unix.ENOENT}},
 		{name: "no hex", lines: []string{"> xy"}, fails: "line 1"},
 		{name: "no kind", lines: []string{lstatRoot, "? 00"}, fails: "line 2: neither"},
 		{name: "too short", lines: []string{"> 08"}, fails: "a request of 1 bytes"},

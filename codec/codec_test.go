@@ -32,36 +32,59 @@ var requests = []struct {
 	typ   Type
 	want  Request
 }{
-	{"02000000 0f000000 0900 2f2f72756e2e736800 00000000", Open, Request{Path: cstr("//run.sh")}},                                                                                 // *
-	{"02000000 0d000000 0700 2f61622f63640a 42000080", Open, Request{Path: cstr("/ab/cd\n"), Flags: -0x7fffffbe}},                                                                 // no NUL; flags are an i32
-	{"03000000 23000000 1100 2f2f772f7372632f524541444d452e6d64 c1000000 a4010000 00000000 00000000", Create, Request{Path: cstr("//w/src/README.md"), Flags: 0xc1, Mode: 0o644}}, // *
-	{"04000000 1e000000 00000000 00000000 0800 2f2f772f6669666f a4110000 0000000000000000", Mknod, Request{Path: cstr("//w/fifo"), Mode: unix.S_IFIFO | 0o644}},                   // *
-	{"04000000 1b000000 e8030000 e9030000 0500 2f6e756c6c b6210000 0301000000000000", Mknod, Request{UID: 1000, GID: 1001, Path: cstr("/null"), Mode: unix.S_IFCHR | 0o666, Rdev: 0x103}},
-	{"05000000 11000000 00000000 00000000 0300 2f2f77 ed410000", Mkdir, Request{Path: cstr("//w"), Mode: 0o40755}},                                                    // *
-	{"06000000 14000000 00000000 00000000 0100 61 0700 2f2f772f6c6e6b", Symlink, Request{Other: cstr("a"), Path: cstr("//w/lnk")}},                                    // *
-	{"07000000 1f000000 1300 2f2f772f737263332f524541444d452e6d6400 0800 2f2f772f68617264", Link, Request{Path: cstr("//w/src3/README.md"), Other: cstr("//w/hard")}}, // *
-	{"08000000 04000000 0200 2f00", Lstat, Request{Path: cstr("/")}},                                                                                                  // *
+	{"02000000 0f000000 0900 2f2f72756e2e736800 00000000", // *
+		Open, Request{Path: cstr("//run.sh")}},
+	{"02000000 0d000000 0700 2f61622f63640a 42000080", // no NUL; flags are an i32
+		Open, Request{Path: cstr("/ab/cd\n"), Flags: -0x7fffffbe}},
+	{"03000000 23000000 1100 2f2f772f7372632f524541444d452e6d64 c1000000 a4010000 00000000 00000000", // *
+		Create, Request{Path: cstr("//w/src/README.md"), Flags: 0xc1, Mode: 0o644}},
+	{"04000000 1e000000 00000000 00000000 0800 2f2f772f6669666f a4110000 0000000000000000", // *
+		Mknod, Request{Path: cstr("//w/fifo"), Mode: unix.S_IFIFO | 0o644}},
+	{"04000000 1b000000 e8030000 e9030000 0500 2f6e756c6c b6210000 0301000000000000",
+		Mknod, Request{UID: 1000, GID: 1001, Path: cstr("/null"), Mode: unix.S_IFCHR | 0o666, Rdev: 0x103}},
+	{"05000000 11000000 00000000 00000000 0300 2f2f77 ed410000", // *
+		Mkdir, Request{Path: cstr("//w"), Mode: 0o40755}},
+	{"06000000 14000000 00000000 00000000 0100 61 0700 2f2f772f6c6e6b", // *
+		Symlink, Request{Other: cstr("a"), Path: cstr("//w/lnk")}},
+	{"07000000 1f000000 1300 2f2f772f737263332f524541444d452e6d6400 0800 2f2f772f68617264", // *
+		Link, Request{Path: cstr("//w/src3/README.md"), Other: cstr("//w/hard")}},
+	{"08000000 04000000 0200 2f00", // *
+		Lstat, Request{Path: cstr("/")}},
 	{"08000000 02000000 0000", Lstat, Request{Path: cstr("")}},
 	{"08000000 03000000 0100 00", Lstat, Request{Path: cstr("")}},
-	{"08000000 07000000 0500 2f61002f62", Lstat, Request{Path: cstr("/a")}},                                    // cut at the first NUL
-	{"08000000 07000000 0200 2f61 ffffff", Lstat, Request{Path: cstr("/a")}},                                   // bytes left over
-	{"09000000 0e000000 0800 2f2f772f6c6e6b00 00100000", Readlink, Request{Path: cstr("//w/lnk"), Size: 4096}}, // *
+	{"08000000 07000000 0500 2f61002f62", // cut at the first NUL
+		Lstat, Request{Path: cstr("/a")}},
+	{"08000000 07000000 0200 2f61 ffffff", // bytes left over
+		Lstat, Request{Path: cstr("/a")}},
+	{"09000000 0e000000 0800 2f2f772f6c6e6b00 00100000", // *
+		Readlink, Request{Path: cstr("//w/lnk"), Size: 4096}},
 	{"09000000 08000000 0200 2f61 ffffffff", Readlink, Request{Path: cstr("/a"), Size: -1}},
-	{"0a000000 0b000000 0900 2f2f72756e2e736800", Statfs, Request{Path: cstr("//run.sh")}},                     // *
-	{"0b000000 0e000000 0800 2f2f772f73726300 ed410000", Chmod, Request{Path: cstr("//w/src"), Mode: 0o40755}}, // *
-	{"0c000000 12000000 0800 2f2f772f73726300 00000000 00000000", Chown, Request{Path: cstr("//w/src")}},       // *
-	{"0c000000 0c000000 0200 2f61 ffffffff 64000000", Chown, Request{Path: cstr("/a"), UID: 0xffffffff, GID: 100}},
-	{"0d000000 13000000 0900 2f2f772f6861726400 6400000000000000", Truncate, Request{Path: cstr("//w/hard"), Size: 100}}, // *
-	{"0e000000 2a000000 0800 2f2f772f73726300 7170046b00000000 0100000000000000 7170046b00000000 feffff3f00000000", Utime,
+	{"0a000000 0b000000 0900 2f2f72756e2e736800", // *
+		Statfs, Request{Path: cstr("//run.sh")}},
+	{"0b000000 0e000000 0800 2f2f772f73726300 ed410000", // *
+		Chmod, Request{Path: cstr("//w/src"), Mode: 0o40755}},
+	{"0c000000 12000000 0800 2f2f772f73726300 00000000 00000000", // *
+		Chown, Request{Path: cstr("//w/src")}},
+	{"0c000000 0c000000 0200 2f61 ffffffff 64000000",
+		Chown, Request{Path: cstr("/a"), UID: 0xffffffff, GID: 100}},
+	{"0d000000 13000000 0900 2f2f772f6861726400 6400000000000000", // *
+		Truncate, Request{Path: cstr("//w/hard"), Size: 100}},
+	{"0e000000 2a000000 0800 2f2f772f73726300 7170046b00000000 0100000000000000 7170046b00000000 feffff3f00000000",
+		Utime,
 		Request{Path: cstr("//w/src"), Atime: Time{0x6b047071, 1}, Mtime: Time{0x6b047071, unix.UTIME_OMIT}}},
-	{"0f000000 14000000 0800 2f2f772f73726332 0800 2f2f772f73726333", Rename, Request{Path: cstr("//w/src2"), Other: cstr("//w/src3")}}, // *
-	{"10000000 13000000 1100 2f2f772f7372632f524541444d452e6d64", Remove, Request{Path: cstr("//w/src/README.md")}},                     // *
-	{"11000000 2d000000 00000000 1200 2f2f772f7372632f524541444d452e6d6400 1300 73656375726974792e6361706162696c697479", Lgetxattr,
+	{"0f000000 14000000 0800 2f2f772f73726332 0800 2f2f772f73726333", // *
+		Rename, Request{Path: cstr("//w/src2"), Other: cstr("//w/src3")}},
+	{"10000000 13000000 1100 2f2f772f7372632f524541444d452e6d64", // *
+		Remove, Request{Path: cstr("//w/src/README.md")}},
+	{"11000000 2d000000 00000000 1200 2f2f772f7372632f524541444d452e6d6400 1300 73656375726974792e6361706162696c697479",
+		Lgetxattr,
 		Request{Path: cstr("//w/src/README.md"), Name: cstr("security.capability")}}, // *
 	{"12000000 08000000 ffff0000 0200 2f61", Llistxattr, Request{Size: 65535, Path: cstr("/a")}},
 	{"13000000 1a000000 0200 2f61 0600 757365722e61 0400 00014100 03000000 01000000", Lsetxattr,
-		Request{Path: cstr("/a"), Name: cstr("user.a"), Value: []byte{0, 1, 'A', 0}, Size: 3, Flags: unix.XATTR_CREATE}},
-	{"14000000 0c000000 0200 2f61 0600 757365722e61", Lremovexattr, Request{Path: cstr("/a"), Name: cstr("user.a")}},
+		Request{Path: cstr("/a"), Name: cstr("user.a"), Value: []byte{0, 1, 'A', 0}, Size: 3,
+			Flags: unix.XATTR_CREATE}},
+	{"14000000 0c000000 0200 2f61 0600 757365722e61",
+		Lremovexattr, Request{Path: cstr("/a"), Name: cstr("user.a")}},
 	{"15000000 0b000000 0900 2f2f72756e2e736800", GetVersion, Request{Path: cstr("//run.sh")}}, // *
 }
 
@@ -99,7 +122,8 @@ func TestAppend(t *testing.T) {
 			t.Errorf("%v:\ngot  %+v\nwant %+v", c.typ, got, c.want)
 		}
 	}
-	want := unhex(t, "110000002d00000000000000 1200 2f2f772f7372632f524541444d452e6d6400 1300 73656375726974792e6361706162696c697479")
+	want := unhex(t, "110000002d00000000000000 1200 2f2f772f7372632f524541444d452e6d6400 "+
+		"1300 73656375726974792e6361706162696c697479")
 	q := Request{Path: cstr("//w/src/README.md"), Name: CString("security.capability")}
 	if got := q.Append([]byte("before"), Lgetxattr); !bytes.Equal(got[len("before"):], want) {
 		t.Errorf("got %x, want %x", got, want)
@@ -161,8 +185,10 @@ func TestAnswers(t *testing.T) {
 		b, room := StringRoom(nil, len(s)+5)
 		return FinishString(b, copy(room, s))
 	}
-	st := unix.Stat_t{Dev: 0xfe00, Ino: 10002458, Nlink: 2, Mode: 0o40755, Uid: 1, Gid: 2, Rdev: 3, Size: 4096, Blksize: 4096, Blocks: 8,
-		Atim: unix.Timespec{Sec: 5, Nsec: 6}, Mtim: unix.Timespec{Sec: 7, Nsec: 8}, Ctim: unix.Timespec{Sec: 9, Nsec: 10}}
+	st := unix.Stat_t{Dev: 0xfe00, Ino: 10002458, Nlink: 2, Mode: 0o40755, Uid: 1, Gid: 2,
+		Rdev: 3, Size: 4096, Blksize: 4096, Blocks: 8,
+		Atim: unix.Timespec{Sec: 5, Nsec: 6}, Mtim: unix.Timespec{Sec: 7, Nsec: 8},
+		Ctim: unix.Timespec{Sec: 9, Nsec: 10}}
 	sfs := unix.Statfs_t{Type: 0xef53, Bsize: 4096, Blocks: 1, Bfree: 2, Bavail: 3, Files: 4, Ffree: 5,
 		Fsid: unix.Fsid{Val: [2]int32{-1643198884, 1}}, Namelen: 255, Frsize: 4096}
 	for _, c := range []struct {
@@ -179,11 +205,14 @@ func TestAnswers(t *testing.T) {
 		{"version", AppendVersion(nil, 0xfe32a982), "00000000 08000000 82a932fe 00000000"},
 		{"string", str("a"), "00000000 03000000 0100 61"},
 		{"empty string", str(""), "00000000 02000000 0000"},
-		{"stat", AppendStat(nil, &st), `00000000 74000000 00fe000000000000 1aa0980000000000 0200000000000000 ed410000 01000000 02000000
+		{"stat", AppendStat(nil, &st), `00000000 74000000
+			00fe000000000000 1aa0980000000000 0200000000000000 ed410000 01000000 02000000
 			0300000000000000 0010000000000000 0010000000000000 0800000000000000
 			0500000000000000 0600000000000000 0700000000000000 0800000000000000 0900000000000000 0a00000000000000`},
-		{"statfs", AppendStatfs(nil, &sfs), `00000000 58000000 53ef000000000000 0010000000000000 0100000000000000 0200000000000000
-			0300000000000000 0400000000000000 0500000000000000 5cc60e9effffffff 0100000000000000 ff00000000000000 0010000000000000`},
+		{"statfs", AppendStatfs(nil, &sfs), `00000000 58000000
+			53ef000000000000 0010000000000000 0100000000000000 0200000000000000
+			0300000000000000 0400000000000000 0500000000000000 5cc60e9effffffff 0100000000000000
+			ff00000000000000 0010000000000000`},
 	} {
 		if want := unhex(t, strings.NewReplacer("\n", "", "\t", "").Replace(c.want)); !bytes.Equal(c.got, want) {
 			t.Errorf("%s:\ngot  %x\nwant %x", c.name, c.got, want)

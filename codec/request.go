@@ -76,7 +76,8 @@ func (q *Request) Decode(t Type, payload []byte) bool {
 	case Llistxattr:
 		q.Size, q.Path = int64(r.i32()), r.str()
 	case Lsetxattr:
-		q.Path, q.Name, q.Value, q.Size, q.Flags = r.str(), r.str(), r.bytes(), int64(r.i32()), r.i32()
+		q.Path, q.Name, q.Value = r.str(), r.str(), r.bytes()
+		q.Size, q.Flags = int64(r.i32()), r.i32()
 	case Lremovexattr:
 		q.Path, q.Name = r.str(), r.str()
 	}
@@ -114,7 +115,8 @@ func (q *Request) Append(b []byte, t Type) []byte {
 		w.str(q.Path).u64(uint64(q.Size))
 	case Utime:
 		w.str(q.Path)
-		w.u64(uint64(q.Atime.Sec)).u64(uint64(q.Atime.Nsec)).u64(uint64(q.Mtime.Sec)).u64(uint64(q.Mtime.Nsec))
+		w.u64(uint64(q.Atime.Sec)).u64(uint64(q.Atime.Nsec))
+		w.u64(uint64(q.Mtime.Sec)).u64(uint64(q.Mtime.Nsec))
 	case Lgetxattr:
 		w.u32(uint32(q.Size)).str(q.Path).str(q.Name)
 	case Llistxattr:

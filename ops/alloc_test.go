@@ -27,6 +27,7 @@ type local struct {
 
 func newLocal(tb testing.TB, dir string, opts ops.Options) *local {
 	tb.Helper()
+	helpertest.NeedRoot(tb)
 	fds, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		tb.Fatal(err)

@@ -140,6 +140,9 @@ func (g *generator) typeOf(path string) uint32 {
 // and, from time to time, all of the trees must be the same.
 func TestRandom(t *testing.T) {
 	seeds := []uint64{1, 2, 3, 4}
+	if testing.Short() {
+		seeds, *requests = seeds[:1], min(*requests, 500)
+	}
 	if *seed != 0 {
 		seeds = []uint64{*seed}
 	}

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // tree is what every case begins with, made new for each. Where a case needs
@@ -63,6 +65,7 @@ var epoch = time.Unix(1_000_000_000, 123456789)
 // ext4 is slow to make files while it remembers deleted ones.
 func makeTree(t testing.TB, dir string) {
 	t.Helper()
+	helpertest.NeedRoot(t) // for its owners and devices
 	check := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -98,7 +101,11 @@ func makeTree(t testing.TB, dir string) {
 			check(unix.Chmod(path, e.mode&0o7777))
 		}
 		for i := 0; i < len(e.xattrs); i += 2 {
-			check(unix.Lsetxattr(path, e.xattrs[i], []byte(e.xattrs[i+1]), 0))
+			err := unix.Lsetxattr(path, e.xattrs[i], []byte(e.xattrs[i+1]), 0)
+			if err == unix.EOPNOTSUPP {
+				helpertest.NeedLinux(t, 6, 6, "user attributes on a tmpfs")
+			}
+			check(err)
 		}
 	}
 	check(os.Link(filepath.Join(dir, "file"), filepath.Join(dir, "hard")))

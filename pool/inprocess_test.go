@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool"
@@ -136,6 +137,7 @@ func answers(fd int) (stream []byte, descriptors int, err error) {
 // request is answered once, in the order of the requests, in its own shape;
 // what is no request ends the connection; no descriptor is left.
 func FuzzServer(f *testing.F) {
+	helpertest.NeedRoot(f) // for a root directory of its own
 	if !fuzzing() && !ownProcess(f) {
 		f.Fuzz(func(*testing.T, []byte, uint16, uint8) {}) // the corpus has been run there
 		return
@@ -270,6 +272,7 @@ func openFDs(t *testing.T) int {
 // The collector stops all threads, those in raw system calls, too, again and
 // again, on one CPU: nothing may hang.
 func TestCollectedGarbage(t *testing.T) {
+	helpertest.NeedRoot(t) // for a root directory of its own
 	if !ownProcess(t) {
 		return
 	}

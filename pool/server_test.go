@@ -166,7 +166,11 @@ func TestManyConnections(t *testing.T) {
 	round(500)
 	server := p.Server()
 	fds, threads, rss := len(helpertest.FDs(t, server)), len(helpertest.Threads(t, server)), helpertest.RSS(t, server)
-	round(10_000)
+	many := 10_000
+	if testing.Short() {
+		many = 1000
+	}
+	round(many)
 	helpertest.Eventually(t, "descriptors as before", func() bool { return len(helpertest.FDs(t, server)) <= fds+8 })
 	if n := len(helpertest.Threads(t, server)); n > threads+16 {
 		t.Errorf("%d threads, were %d", n, threads)
@@ -179,6 +183,7 @@ func TestManyConnections(t *testing.T) {
 // mountHang mounts a FUSE file system that does not answer, until release.
 func mountHang(t *testing.T, dir string) (release func()) {
 	t.Helper()
+	helpertest.NeedFUSE(t)
 	fs, err := slowfs.Mount(dir, t.TempDir(), slowfs.Options{})
 	if err != nil {
 		t.Fatal(err)

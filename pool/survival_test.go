@@ -331,6 +331,8 @@ func TestDyingServers(t *testing.T) {
 // A server that is killed while a file system holds a thread of it, which
 // nobody can kill then, is replaced all the same.
 func TestKilledWhileHeld(t *testing.T) {
+	helpertest.NeedFUSE(t)
+	helpertest.NeedLinux(t, 6, 9, "a pidfd of a thread, to see the death of a process that is held")
 	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
 		var fs *slowfs.FS
 		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs)})

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 }
 
 func testMain(m *testing.M) int {
-	if helper == "" && !testing.Short() {
+	if helper == "" && !testing.Short() && os.Geteuid() == 0 {
 		dir, err := os.MkdirTemp("", "helper")
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -262,14 +262,16 @@ func TestRootlessInGuest(t *testing.T) {
 		stat -c %u:%g 1/1 2/1 3/1
 		chown 1000:1000 1 2>&1
 		echo user:x:1000:1000::/:/bin/sh >>/etc/passwd
-		chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/sh -- -c 'echo mine >own && chmod 600 own && ln -s own link && cat link' 2>&1
+		chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/sh -- \
+			-c 'echo mine >own && chmod 600 own && ln -s own link && cat link' 2>&1
 		stat -c %u:%g 1 own 2>/dev/null; true`
 	for _, c := range []struct {
 		name, ranges, prints string
 		owner                uint32 // on the host, of what the guest's 1000 has made
 	}{
 		{"range", "someone:700000:65536\n", "0:0\n1000:1000\n65534:65534\nmine\n1000:1000\n1000:1000\n", 700999},
-		{"alone", "", "0:0\n0:0\n0:0\nchown: 1: Operation not permitted\n/bin/sh: can't create own: Operation not permitted\n0:0\n", 0},
+		{"alone", "", "0:0\n0:0\n0:0\nchown: 1: Operation not permitted\n" +
+			"/bin/sh: can't create own: Operation not permitted\n0:0\n", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			// QEMU's user must reach the share. No directory of t.TempDir lets it.
@@ -371,6 +373,10 @@ func alone(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots a guest")
 	}
+	helpertest.NeedRoot(t)
+	helpertest.NeedProgram(t, "qemu-system-x86_64", "qemu-system-x86")
+	helpertest.NeedProgram(t, "busybox", "busybox-static")
+	helpertest.NeedProgram(t, "cpio", "cpio")
 	t.Parallel()
 }
 

@@ -7,6 +7,7 @@
 //	client.go      QEMU's side of a connection: package qemu, for tests
 //	proc.go        what /proc says about a process
 //	user.go        an ordinary user to start them as
+//	need.go        what a test needs of the machine, or is skipped
 //
 // Nothing here waits for a fixed time: what is awaited is polled for, up to
 // Patience, and then the test fails.
@@ -19,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -32,8 +34,17 @@ import (
 )
 
 // Patience bounds every wait. It is no measure of speed: only what hangs takes
-// so long.
-var Patience = qemu.Patience
+// so long. The environment's VIRTFS_TEST_PATIENCE is a factor, for machines that
+// are emulated.
+var Patience = patience()
+
+func patience() time.Duration {
+	factor, err := strconv.Atoi(os.Getenv("VIRTFS_TEST_PATIENCE"))
+	if err != nil || factor < 1 {
+		factor = 1
+	}
+	return time.Duration(factor) * qemu.Patience
+}
 
 // CPath is where Debian puts the C helper, the reference for every answer.
 const CPath = "/usr/lib/qemu/virtfs-proxy-helper"
@@ -57,7 +68,7 @@ func Main(m *testing.M) {
 // the race detector if the test has it. The environment's HELPER overrides it.
 func Ours(tb testing.TB) string {
 	tb.Helper()
-	needRoot(tb)
+	NeedRoot(tb)
 	if path := os.Getenv("HELPER"); path != "" {
 		return path
 	}
@@ -85,18 +96,9 @@ func Ours(tb testing.TB) string {
 // C returns the path of the C helper.
 func C(tb testing.TB) string {
 	tb.Helper()
-	needRoot(tb)
-	if _, err := os.Stat(CPath); err != nil {
-		tb.Fatalf("%v: these tests compare with QEMU's own helper: apt-get install qemu-system-common", err)
-	}
+	NeedRoot(tb)
+	NeedProgram(tb, CPath, "qemu-system-common")
 	return CPath
-}
-
-func needRoot(tb testing.TB) {
-	tb.Helper()
-	if os.Geteuid() != 0 {
-		tb.Fatal("a helper acts for the guest's users, so these tests need root: sudo go test")
-	}
 }
 
 // Eventually waits until ok says true.
@@ -137,6 +139,7 @@ type Process struct {
 // Start starts a process, whose output goes to a file.
 func Start(tb testing.TB, c Command) *Process {
 	tb.Helper()
+	NeedRoot(tb) // for its identity
 	log, err := os.CreateTemp(tb.TempDir(), "log")
 	if err != nil {
 		tb.Fatal(err)
@@ -363,7 +366,7 @@ func ShortDir(tb testing.TB) string {
 // Tmpfs mounts a tmpfs for the test and returns its directory.
 func Tmpfs(tb testing.TB) string {
 	tb.Helper()
-	needRoot(tb)
+	NeedRoot(tb)
 	dir := ShortDir(tb)
 	if err := unix.Mount("none", dir, "tmpfs", 0, "mode=755"); err != nil {
 		tb.Fatalf("mount a tmpfs: %v", err)

@@ -18,6 +18,8 @@ const Someone = 54321
 // ids are someone's, as lines of /etc/subuid and /etc/subgid.
 func WithSomeone(tb testing.TB, ranges string, args ...string) []string {
 	tb.Helper()
+	NeedRoot(tb)
+	NeedProgram(tb, "newuidmap", "uidmap")
 	etc := ShortDir(tb)
 	if err := os.Chmod(etc, 0o755); err != nil {
 		tb.Fatal(err)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // TestMain makes one system call, if a test has started this binary so: the
@@ -82,9 +84,7 @@ func start(t *testing.T, call, path string) (result func() string) {
 
 func mount(t *testing.T, backing string, options Options) (f *FS, dir string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root: sudo go test")
-	}
+	helpertest.NeedFUSE(t)
 	dir = t.TempDir()
 	f, err := Mount(dir, backing, options)
 	if err != nil {

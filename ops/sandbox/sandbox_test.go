@@ -43,6 +43,7 @@ func threadCaps(t *testing.T, st map[string]string) (c capSets) {
 // nothing of this machine.
 func export(t *testing.T) string {
 	t.Helper()
+	helpertest.NeedRoot(t)
 	dir := filepath.Join(helpertest.ShortDir(t), "export")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)

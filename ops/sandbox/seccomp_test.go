@@ -127,13 +127,16 @@ func startFiltered(t *testing.T, mode Seccomp) (listener *os.File, output func()
 		t.Fatal(err)
 	}
 	theirs.Close()
+	// Before Linux 6.11 its listener hangs up only when the child has been waited for.
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
 	oob := make([]byte, unix.CmsgSpace(4))
 	if _, _, _, _, err := unix.Recvmsg(fds[0], make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC); err != nil {
 		t.Fatal(err)
 	}
 	cmsgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
-		cmd.Wait()
+		<-ended
 		t.Fatalf("the child has sent nothing: %v, %s", err, errors.String())
 	}
 	got, err := unix.ParseUnixRights(&cmsgs[0])
@@ -141,7 +144,7 @@ func startFiltered(t *testing.T, mode Seccomp) (listener *os.File, output func()
 		t.Fatal(err)
 	}
 	return os.NewFile(uintptr(got[0]), "violations"), func() string {
-		if err := cmd.Wait(); err != nil {
+		if err := <-ended; err != nil {
 			t.Errorf("the child: %v, %s", err, errors.String())
 		}
 		return out.String()

@@ -116,7 +116,9 @@ func TestOpen(t *testing.T) {
 			{root, open("s", unix.O_RDWR, 0), unix.ENXIO},
 		}},
 		{"a program", []step{
-			{user, use("p", unix.O_CREAT|unix.O_WRONLY, 0o755, func(fd int) error { return writeAll(fd, "#!/bin/sh\nexit 7\n") }), ok},
+			{user, use("p", unix.O_CREAT|unix.O_WRONLY, 0o755, func(fd int) error {
+				return writeAll(fd, "#!/bin/sh\nexit 7\n")
+			}), ok},
 			{user, access("p", unix.X_OK), ok},
 			{user, check("run p", func() error {
 				err := exec.Command("./p").Run() // a child has the directory and the identity of its thread
@@ -426,7 +428,8 @@ func longPath() (steps []step) {
 // deep goes down a tree by descriptors, does at its bottom what is done by path elsewhere, and takes
 // it away on the way up.
 func deep(levels int, name string) []step {
-	return []step{{root, check(fmt.Sprintf("%d levels of directories with names of %d bytes", levels, len(name)), func() error {
+	what := fmt.Sprintf("%d levels of directories with names of %d bytes", levels, len(name))
+	return []step{{root, check(what, func() error {
 		fds := []int{unix.AT_FDCWD}
 		defer func() {
 			for _, fd := range fds[1:] {

@@ -273,7 +273,9 @@ func TestTimes(t *testing.T) {
 		{"now and given", []step{
 			{root, create("f", 0o644), ok},
 			{root, utimens("f", t1, now), ok},
-			{root, stats("f", func(st *unix.Stat_t) error { return same(st.Atim, t1) }, "has the access time given"), ok},
+			{root, stats("f", func(st *unix.Stat_t) error {
+				return same(st.Atim, t1)
+			}, "has the access time given"), ok},
 			{root, recent("f", mtime), ok},
 		}},
 		{"of a link itself", []step{
@@ -281,7 +283,9 @@ func TestTimes(t *testing.T) {
 			{root, utimens("f", t1, t1), ok},
 			{root, symlink("f", "l"), ok},
 			{root, utimens("l", t2, t2), ok},
-			{root, stats("l", func(st *unix.Stat_t) error { return same(st.Mtim, t2) }, "has the time given"), ok}, // reading a link sets its atime
+			{root, stats("l", func(st *unix.Stat_t) error { // reading a link sets its atime
+				return same(st.Mtim, t2)
+			}, "has the time given"), ok},
 			{root, times("f", t1, t1), ok},
 		}},
 		{"who may", []step{
@@ -414,7 +418,8 @@ func TestXattr(t *testing.T) {
 
 func TestStatfs(t *testing.T) {
 	sane := func(st *unix.Statfs_t) error {
-		if st.Bsize <= 0 || st.Blocks == 0 || st.Bfree > st.Blocks || st.Bavail > st.Bfree || st.Ffree > st.Files || st.Namelen != unix.NAME_MAX {
+		if st.Bsize <= 0 || st.Blocks == 0 || st.Bfree > st.Blocks || st.Bavail > st.Bfree ||
+			st.Ffree > st.Files || st.Namelen != unix.NAME_MAX {
 			return fmt.Errorf("%+v", *st)
 		}
 		return nil
@@ -436,7 +441,9 @@ func TestStatfs(t *testing.T) {
 				}
 				return sane(&st)
 			}), ok},
-			{root, check("statfs(missing)", func() error { return unix.Statfs("missing", new(unix.Statfs_t)) }), unix.ENOENT},
+			{root, check("statfs(missing)", func() error {
+				return unix.Statfs("missing", new(unix.Statfs_t))
+			}), unix.ENOENT},
 		}},
 		{"by descriptor", []step{
 			{root, use("f", unix.O_CREAT|unix.O_RDONLY, 0o644, func(fd int) error {

@@ -47,8 +47,9 @@ func Manifest(dir string) (string, error) {
 		if first[st.Ino] == "" {
 			first[st.Ino] = name
 		}
-		fmt.Fprintf(&lines, "%q file=%q mode=%o owner=%d:%d links=%d rdev=%#x mtime=%d.%09d ctime=%d.%09d",
-			name, first[st.Ino], st.Mode, st.Uid, st.Gid, st.Nlink, st.Rdev,
+		fmt.Fprintf(&lines, "%q file=%q mode=%o owner=%d:%d links=%d rdev=%#x",
+			name, first[st.Ino], st.Mode, st.Uid, st.Gid, st.Nlink, st.Rdev)
+		fmt.Fprintf(&lines, " mtime=%d.%09d ctime=%d.%09d",
 			st.Mtim.Sec, st.Mtim.Nsec, st.Ctim.Sec, st.Ctim.Nsec)
 		switch st.Mode & unix.S_IFMT {
 		case unix.S_IFREG:

@@ -95,7 +95,9 @@ func rename(old, new string) op {
 }
 
 func renameat2(old, new string, flags uint) op {
-	return call(func() error { return unix.Renameat2(unix.AT_FDCWD, old, unix.AT_FDCWD, new, flags) }, "renameat2", old, new, flags)
+	return call(func() error {
+		return unix.Renameat2(unix.AT_FDCWD, old, unix.AT_FDCWD, new, flags)
+	}, "renameat2", old, new, flags)
 }
 
 func chmod(name string, mode uint32) op {
@@ -119,7 +121,9 @@ func umask(mask int) op {
 }
 
 func setxattr(name, attr, value string, flags int) op {
-	return call(func() error { return unix.Lsetxattr(name, attr, []byte(value), flags) }, "lsetxattr", name, attr, len(value), flags)
+	return call(func() error {
+		return unix.Lsetxattr(name, attr, []byte(value), flags)
+	}, "lsetxattr", name, attr, len(value), flags)
 }
 
 func removexattr(name, attr string) op {

@@ -15,9 +15,12 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
-var dir = flag.String("dir", "", "a directory to make and to test in; what is tested stays there, described in DIR.manifest")
+var dir = flag.String("dir", "",
+	"a directory to make and to test in; what is tested stays there, described in DIR.manifest")
 
 // deviations are the cases in which a guest differs from a native file system for a reason outside of
 // the helper, or inside of it by design. On 9p they must fail: an entry that is out of date is a
@@ -26,12 +29,12 @@ var deviations = map[string]string{
 	"TestData/mapped_for_writing":           "guest: a mount without a cache has no pages to share, EINVAL",
 	"TestRename/without_replacing":          "guest: renameat2's flags have no place in 9p2000.L, EINVAL",
 	"TestTimes/before_1970":                 "guest: times of 9p have no sign, so it makes them 1970",
-	"TestTimes/nanoseconds":                 "guest: it cuts times that are given to whole seconds before it sends them",
-	"TestTimes/modification_time_alone":     "QEMU: sends the modification time's nanoseconds in both places of UTIME, so an access time to be left alone becomes an arbitrary second",
+	"TestTimes/nanoseconds":                 "guest: it cuts given times to whole seconds before it sends them",
+	"TestTimes/modification_time_alone":     "QEMU: sends the modification time's nanoseconds in both places of UTIME",
 	"TestTimes/access_time_alone":           "QEMU: likewise, so UTIME_OMIT reaches the access time, too",
 	"TestTimes/now_and_given":               "QEMU: likewise, so UTIME_NOW does",
 	"TestUnlink/open_file_can_be_truncated": "QEMU: does by path what it could do by descriptor, ENOENT",
-	"TestXattr/empty_value":                 "QEMU: takes setting an empty value for removing the attribute, as 9p2000.L has it",
+	"TestXattr/empty_value":                 "QEMU: takes an empty value for removing the attribute, as 9p2000.L does",
 	"TestXattr/trusted":                     "helper: has no CAP_SYS_ADMIN, EPERM",
 	"TestRootOfAnotherGroup/makes_devices":  "helper: only 0:0 has CAP_MKNOD there, EPERM",
 }
@@ -45,10 +48,6 @@ func TestMain(m *testing.M) {
 }
 
 func testMain(m *testing.M) int {
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "guestsuite: must run as root, for it makes device nodes and acts as several users: sudo go test ./...")
-		return 1
-	}
 	keep := *dir != ""
 	if !keep {
 		tmp, err := os.MkdirTemp("", "guestsuite")
@@ -139,6 +138,7 @@ var (
 // umask and identity are changed for that thread alone.
 func run(t *testing.T, cases []testCase) {
 	t.Helper()
+	helpertest.NeedRoot(t) // to make device nodes and to act as several users
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			home := filepath.Join(*dir, t.Name())
@@ -203,7 +203,8 @@ func (w who) become() error {
 	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, 0, 0, 0); e != 0 {
 		return e
 	}
-	if _, _, e := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(w.groups)), uintptr(unsafe.Pointer(unsafe.SliceData(w.groups))), 0); e != 0 {
+	if _, _, e := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(w.groups)),
+		uintptr(unsafe.Pointer(unsafe.SliceData(w.groups))), 0); e != 0 {
 		return e
 	}
 	if _, _, e := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(w.gid), uintptr(w.gid), uintptr(w.gid)); e != 0 {
