@@ -15,7 +15,7 @@ import (
 // fsKind is the file system that a VM lives on.
 type fsKind int64
 
-// By what statfs(2) calls them.
+// These are the f_type values of statfs(2).
 const (
 	ext      fsKind = 0xef53
 	btrfs    fsKind = 0x9123683e
@@ -23,23 +23,23 @@ const (
 	reiserfs fsKind = 0x52654973
 )
 
-// tmpfs, and the room for inodes that a full one must have.
-const (
-	tmpfs       fsKind = 0x01021994
-	TmpfsInodes        = 24
-)
+const tmpfs fsKind = 0x01021994
 
-// versions tells that GETVERSION has an answer there.
+// TmpfsInodes is the limit of inodes (nr_inodes) that a tmpfs which VMs fill
+// must be mounted with.
+const TmpfsInodes = 24
+
+// versions reports whether the file system supports GETVERSION.
 func (k fsKind) versions() bool { return k == ext || k == btrfs || k == xfs || k == reiserfs }
 
-// want is what an answer must be: errno, or what check finds nothing wrong with.
+// want describes the right answer: errno, or a payload that check accepts.
 type want struct {
 	errno unix.Errno
 	check func(payload []byte) error // nil for a status 0
-	node  *node                      // that the descriptor must lead to
+	node  *node                      // the inode that the descriptor must refer to
 }
 
-// apply does a request in the world and returns what its answer must be.
+// apply performs a request in the world and returns the right answer to it.
 func (w *world) apply(r *request, v *VM) want {
 	path, other := text(r.q.Path), text(r.q.Other)
 	q := &r.q
@@ -69,9 +69,9 @@ func (w *world) apply(r *request, v *VM) want {
 			p.set(n)
 		}
 	case codec.Mkdir:
-		_, errno = w.make(path, unix.S_IFDIR|q.Mode, q.UID, q.GID)
+		_, errno = w.create(path, unix.S_IFDIR|q.Mode, q.UID, q.GID)
 	case codec.Symlink:
-		if n, errno = w.make(path, unix.S_IFLNK|0o777, q.UID, q.GID); errno == 0 {
+		if n, errno = w.create(path, unix.S_IFLNK|0o777, q.UID, q.GID); errno == 0 {
 			n.data = other
 		}
 	case codec.Link:
@@ -102,7 +102,7 @@ func (w *world) apply(r *request, v *VM) want {
 			return exactString(n.data[:min(int64(len(n.data)), q.Size-1)])
 		}
 	case codec.Statfs:
-		if n, errno = w.find(path, true); errno == 0 {
+		if _, errno = w.find(path, true); errno == 0 {
 			return want{check: func(b []byte) error { return matchesStatfs(b, v.kindOf(path)) }}
 		}
 	case codec.Chmod:
@@ -228,7 +228,7 @@ func (w *world) xattr(r *request, path string) want {
 	return want{errno: errno}
 }
 
-// exactly wants the payload of a whole answer.
+// exactly returns a want for the payload of answer, which includes a header.
 func exactly(answer []byte) want {
 	return want{check: func(b []byte) error {
 		if string(b) != string(answer[codec.HeaderSize:]) {
@@ -249,9 +249,16 @@ func (n *node) matchesWire(b []byte, kind fsKind) error {
 	}
 	d := func(at int) uint32 { return binary.NativeEndian.Uint32(b[at:]) }
 	q := func(at int) uint64 { return binary.NativeEndian.Uint64(b[at:]) }
-	st := unix.Stat_t{Ino: q(8), Mode: d(24), Uid: d(28), Gid: d(32), Rdev: q(36), Size: int64(q(44))}
+	st := unix.Stat_t{
+		Ino:  q(8),
+		Mode: d(24),
+		Uid:  d(28),
+		Gid:  d(32),
+		Rdev: q(36),
+		Size: int64(q(44)),
+		Mtim: unix.Timespec{Sec: int64(q(84)), Nsec: int64(q(92))},
+	}
 	set(&st.Nlink, q(16))
-	st.Mtim = unix.Timespec{Sec: int64(q(84)), Nsec: int64(q(92))}
 	return n.matches(&st, kind)
 }
 

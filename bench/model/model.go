@@ -1,13 +1,13 @@
-// Package model says what a file system should answer to requests: the VMs of
-// the soak and of pool's tests send requests that are made up from a seed, and
-// compare each answer, each descriptor and the tree with a model of it. Each
-// answer must be the only right one, or an error that a disturbance explains.
+// Package model is a model of the exported file system. The VMs of the soak and
+// of pool's tests send requests that are generated from a seed, and compare each
+// answer, each descriptor and the tree with the model. Each answer must be the
+// only right one, or an error that a disturbance explains.
 //
-//	vm.go        a VM: asks, and judges each answer and each descriptor
-//	model.go     what a VM's directory must be
-//	answers.go   what each answer must be
-//	requests.go  requests, made up from a seed
-//	spans.go     when servers have died, and had no room for descriptors
+//	vm.go        a VM: sends requests, checks each answer and each descriptor
+//	model.go     the expected content of a VM's directory
+//	answers.go   the expected answers
+//	requests.go  the generator of requests
+//	spans.go     the times of servers' deaths and of lack of descriptors
 package model
 
 import (
@@ -25,28 +25,29 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// world is what a VM's part of the export must be: one of the possible worlds,
-// where a server has died over a change.
+// world is the expected content of a VM's part of the export. After a server has
+// died during a change there are several possible worlds.
 type world struct {
 	root   *node
-	opened []opened // by answers of this world, not looked at yet
+	opened []opened // descriptors from answers, not checked yet
 }
 
-// opened is a descriptor that was answered, and what it must lead to.
+// opened is a descriptor that came with an answer, and the inode that it must
+// refer to.
 type opened struct {
 	fd   *os.File
 	node *node
 	r    *request
 }
 
-// node is an inode. What is nil or 0 for "not known" is learned from answers,
-// and must be the same from then on.
+// node is an inode. ino, version and mtime are taken from the first answer that
+// holds them while they are 0 or nil, and must stay the same from then on.
 type node struct {
 	mode     uint32 // type and permissions
 	uid, gid uint32
-	nlink    int // names that lead here
+	nlink    int // number of names
 	rdev     uint64
-	data     string           // of a file, or where a link leads
+	data     string           // content of a file, target of a symbolic link
 	entries  map[string]*node // of a directory
 	xattrs   map[string]string
 	ino      uint64
@@ -64,7 +65,7 @@ func newNode(mode, uid, gid uint32) *node {
 
 func (n *node) is(kind uint32) bool { return n.mode&unix.S_IFMT == kind }
 
-// links is st_nlink, as the file system counts.
+// links returns st_nlink, as this kind of file system counts.
 func (n *node) links(kind fsKind) int {
 	switch {
 	case n.nlink == 0 || !n.is(unix.S_IFDIR):
@@ -81,7 +82,7 @@ func (n *node) links(kind fsKind) int {
 	return links
 }
 
-// names is how many names there are below n.
+// names returns the number of names and of their attributes below n.
 func (n *node) names() int {
 	sum := len(n.entries)
 	for _, e := range n.entries {
@@ -90,7 +91,7 @@ func (n *node) names() int {
 	return sum
 }
 
-// clone copies a world, hard links and all.
+// clone returns a deep copy, which keeps hard links.
 func (w *world) clone() *world {
 	copies := map[*node]*node{}
 	var copyOf func(*node) *node
@@ -118,7 +119,7 @@ func (w *world) clone() *world {
 
 const sharedText = "what all VMs read\n"
 
-// MakeShared makes the directory of an export that all VMs read.
+// MakeShared makes the directory "shared" of an export, which all VMs read.
 func MakeShared(export string) error {
 	dir := filepath.Join(export, "shared")
 	err := errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(filepath.Join(dir, "dir"), 0o755))
@@ -128,22 +129,26 @@ func MakeShared(export string) error {
 	return errors.Join(err, os.Symlink("file", filepath.Join(dir, "link")))
 }
 
-// sharedTree is what MakeShared has made.
+// sharedTree returns the tree that MakeShared makes.
 func sharedTree() *node {
 	file := func() *node {
 		n := newNode(unix.S_IFREG|0o644, 0, 0)
 		n.data = sharedText
 		return n
 	}
-	shared, dir, link := newNode(unix.S_IFDIR|0o755, 0, 0), newNode(unix.S_IFDIR|0o755, 0, 0), newNode(unix.S_IFLNK|0o777, 0, 0)
+	link := newNode(unix.S_IFLNK|0o777, 0, 0)
 	link.data = "file"
+	dir := newNode(unix.S_IFDIR|0o755, 0, 0)
 	dir.entries["inner"] = file()
-	shared.entries["file"], shared.entries["dir"], shared.entries["link"] = file(), dir, link
+	shared := newNode(unix.S_IFDIR|0o755, 0, 0)
+	shared.entries["file"] = file()
+	shared.entries["dir"] = dir
+	shared.entries["link"] = link
 	return shared
 }
 
-// place is where a path leads: a name in a directory. node is nil if there is
-// no such name.
+// place is a resolved path: a name in a directory. node is nil if the name does
+// not exist.
 type place struct {
 	dir  *node
 	name string
@@ -163,7 +168,7 @@ func split(path string) []string {
 	return strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
 }
 
-// walk finds the place of a path, through links as the kernel does.
+// walk resolves a path, following symbolic links as the kernel does.
 func (w *world) walk(path string, follow bool) (place, unix.Errno) {
 	dir, rest, links := w.root, split(path), 0
 	for {
@@ -189,7 +194,7 @@ func (w *world) walk(path string, follow bool) (place, unix.Errno) {
 	}
 }
 
-// find is walk to what must be there.
+// find resolves a path that must exist.
 func (w *world) find(path string, follow bool) (*node, unix.Errno) {
 	p, errno := w.walk(path, follow)
 	if errno == 0 && p.node == nil {
@@ -198,7 +203,7 @@ func (w *world) find(path string, follow bool) (*node, unix.Errno) {
 	return p.node, errno
 }
 
-// free is walk to what must not be there.
+// free resolves a path that must not exist.
 func (w *world) free(path string) (place, unix.Errno) {
 	p, errno := w.walk(path, false)
 	if errno == 0 && p.node != nil {
@@ -207,8 +212,8 @@ func (w *world) free(path string) (place, unix.Errno) {
 	return p, errno
 }
 
-// make makes a name of a new inode.
-func (w *world) make(path string, mode, uid, gid uint32) (*node, unix.Errno) {
+// create makes a new inode and its name.
+func (w *world) create(path string, mode, uid, gid uint32) (*node, unix.Errno) {
 	p, errno := w.free(path)
 	if errno != 0 {
 		return nil, errno
@@ -258,47 +263,47 @@ func (n *node) resize(size int) {
 	}
 }
 
-// write is what pwrite does.
+// write does what pwrite(2) does.
 func (n *node) write(b []byte, at int) {
 	n.resize(max(len(n.data), at+len(b)))
 	n.data = n.data[:at] + string(b) + n.data[at+len(b):]
 }
 
 func (w *world) rename(from, to string) unix.Errno {
-	old, errno := w.walk(from, false)
+	src, errno := w.walk(from, false)
 	if errno != 0 {
 		return errno
 	}
-	new, errno := w.walk(to, false)
+	dst, errno := w.walk(to, false)
 	switch {
 	case errno != 0:
 		return errno
-	case old.node == nil:
+	case src.node == nil:
 		return unix.ENOENT
-	case old.node.above(new.dir):
+	case src.node.above(dst.dir):
 		return unix.EINVAL
-	case new.node != nil && new.node.above(old.dir):
+	case dst.node != nil && dst.node.above(src.dir):
 		return unix.ENOTEMPTY
-	case new.node == old.node: // the same name, or another of the same inode
+	case dst.node == src.node: // the same name, or another of the same inode
 		return 0
 	}
-	if new.node != nil {
-		switch isDir := old.node.is(unix.S_IFDIR); {
-		case isDir && !new.node.is(unix.S_IFDIR):
+	if dst.node != nil {
+		switch isDir := src.node.is(unix.S_IFDIR); {
+		case isDir && !dst.node.is(unix.S_IFDIR):
 			return unix.ENOTDIR
-		case !isDir && new.node.is(unix.S_IFDIR):
+		case !isDir && dst.node.is(unix.S_IFDIR):
 			return unix.EISDIR
-		case len(new.node.entries) > 0:
+		case len(dst.node.entries) > 0:
 			return unix.ENOTEMPTY
 		}
-		new.node.nlink--
+		dst.node.nlink--
 	}
-	old.set(nil)
-	new.set(old.node)
+	src.set(nil)
+	dst.set(src.node)
 	return 0
 }
 
-// above tells that dir is n, or below it.
+// above reports whether dir is n, or below it.
 func (n *node) above(dir *node) bool {
 	if n == dir {
 		return true
@@ -326,8 +331,8 @@ func (w *world) remove(path string) unix.Errno {
 	return 0
 }
 
-// compare looks at the tree as the host has it and returns the first
-// difference to what it must be, nil if there is none.
+// compare reads the tree on the host and returns its first difference from n,
+// nil if there is none.
 func (n *node) compare(path string, kind fsKind, ids IDs, seen map[uint64]*node) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
@@ -371,7 +376,7 @@ func (n *node) compare(path string, kind fsKind, ids IDs, seen map[uint64]*node)
 	return nil
 }
 
-// matches compares an inode with what it must be, and learns its number.
+// matches compares the attributes of an inode with n. The first call sets n.ino.
 func (n *node) matches(st *unix.Stat_t, kind fsKind) error {
 	if n.ino == 0 {
 		n.ino = st.Ino
@@ -380,8 +385,11 @@ func (n *node) matches(st *unix.Stat_t, kind fsKind) error {
 	if n.is(unix.S_IFREG) || n.is(unix.S_IFLNK) {
 		size = int64(len(n.data))
 	}
-	got := fmt.Sprintf("mode %o, owner %d:%d, %d links, rdev %x, %d bytes, inode %d", st.Mode, st.Uid, st.Gid, st.Nlink, st.Rdev, st.Size, st.Ino)
-	want := fmt.Sprintf("mode %o, owner %d:%d, %d links, rdev %x, %d bytes, inode %d", n.mode, n.uid, n.gid, n.links(kind), n.rdev, size, n.ino)
+	const format = "mode %o, owner %d:%d, %d links, rdev %x, %d bytes, inode %d"
+	got := fmt.Sprintf(format,
+		st.Mode, st.Uid, st.Gid, st.Nlink, st.Rdev, st.Size, st.Ino)
+	want := fmt.Sprintf(format,
+		n.mode, n.uid, n.gid, n.links(kind), n.rdev, size, n.ino)
 	if got != want {
 		return fmt.Errorf("%s; want %s", got, want)
 	}
@@ -391,7 +399,7 @@ func (n *node) matches(st *unix.Stat_t, kind fsKind) error {
 	return nil
 }
 
-// listed compares what a directory lists with what it must.
+// listed compares the entries of a directory with those of n.
 func (n *node) listed(entries []fs.DirEntry) error {
 	var got []string
 	for _, e := range entries {

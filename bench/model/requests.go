@@ -11,7 +11,7 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// request is the n-th one of a VM.
+// request is the n-th request of a VM.
 type request struct {
 	n     int
 	t     codec.Type
@@ -28,11 +28,13 @@ func (r *request) String() string {
 	case codec.Lgetxattr, codec.Lsetxattr, codec.Lremovexattr:
 		s += fmt.Sprintf(" %q", text(r.q.Name))
 	}
-	return s + fmt.Sprintf(" mode %o, flags %#x, size %d, owner %d:%d, short %v", r.q.Mode, r.q.Flags, r.q.Size, int32(r.q.UID), int32(r.q.GID), r.short)
+	return s + fmt.Sprintf(" mode %o, flags %#x, size %d, owner %d:%d, short %v",
+		r.q.Mode, r.q.Flags, r.q.Size, int32(r.q.UID), int32(r.q.GID), r.short)
 }
 
-// generator makes a VM's requests up in a small space of names, so that they
-// meet. What it makes depends on its seed alone, not on any answer.
+// generator generates a VM's requests. The space of names is small, so that
+// requests often concern the same file. The requests depend on the seed alone,
+// not on any answer.
 type generator struct {
 	*rand.Rand
 	dir string // of the VM, in the export
@@ -49,7 +51,8 @@ func (g *generator) oneIn(n int) bool { return g.IntN(n) == 0 }
 
 func (g *generator) name() string { return pick(g, "a", "b", "c", "d", "e", "f") }
 
-// cstring is a path as QEMU sends that of a fid, or one that it has just built.
+// cstring encodes s with a NUL, as QEMU sends the path of a fid, or without, as it
+// sends a path that it has just built.
 func (g *generator) cstring(s string) codec.CString {
 	if g.oneIn(2) {
 		s += "\x00"
@@ -57,7 +60,7 @@ func (g *generator) cstring(s string) codec.CString {
 	return codec.CString(s)
 }
 
-// text is a string of a frame without its NUL, if it has one.
+// text returns a string of a frame without its NUL, if it has one.
 func text(s codec.CString) string { return strings.TrimSuffix(string(s), "\x00") }
 
 func (g *generator) path() string {
@@ -79,11 +82,15 @@ func (g *generator) openFlags() int32 {
 }
 
 func (g *generator) mtime() codec.Time {
-	return codec.Time{Sec: g.Int64N(1 << 31), Nsec: pick[int64](g, 0, 1, 999_999_999, unix.UTIME_NOW, unix.UTIME_OMIT, 1_000_000_000)}
+	return codec.Time{
+		Sec: g.Int64N(1 << 31),
+		Nsec: pick[int64](g,
+			0, 1, 999_999_999, unix.UTIME_NOW, unix.UTIME_OMIT, 1_000_000_000),
+	}
 }
 
-// reads and makes are what LSTAT and so on are more often than others, as with
-// a real VM, and what keeps the tree full.
+// Requests of these types are more frequent than others: reads as with a real
+// VM, makes to keep the tree full.
 var (
 	reads = []codec.Type{codec.Lstat, codec.Lstat, codec.Lstat, codec.GetVersion, codec.Open}
 	makes = []codec.Type{codec.Create, codec.Create, codec.Mkdir, codec.Symlink}
@@ -101,11 +108,17 @@ func (g *generator) next() *request {
 	owner := pick(g, [2]uint32{0, 0}, [2]uint32{1000, 1000}, [2]uint32{1001, 100})
 	value := []byte(strings.Repeat(g.name(), g.IntN(200)))
 	r.q = codec.Request{
-		Path: g.cstring(g.path()), Other: g.cstring(g.path()),
-		Name: codec.CString("user." + g.name()), Value: value,
-		UID: owner[0], GID: owner[1], Mode: g.Uint32N(0o1000), Flags: g.openFlags(),
+		Path:  g.cstring(g.path()),
+		Other: g.cstring(g.path()),
+		Name:  codec.CString("user." + g.name()),
+		Value: value,
+		UID:   owner[0],
+		GID:   owner[1],
+		Mode:  g.Uint32N(0o1000),
+		Flags: g.openFlags(),
 		Size:  pick[int64](g, 0, 1, 2, 4, 100, 300, 65536),
-		Atime: codec.Time{Sec: g.Int64N(1 << 31), Nsec: pick[int64](g, 0, 7, unix.UTIME_NOW)}, Mtime: g.mtime(),
+		Atime: codec.Time{Sec: g.Int64N(1 << 31), Nsec: pick[int64](g, 0, 7, unix.UTIME_NOW)},
+		Mtime: g.mtime(),
 	}
 	switch r.t {
 	case codec.Open:
@@ -142,13 +155,22 @@ func (g *generator) next() *request {
 		case g.oneIn(20):
 			r.q.Size = int64(len(value)) + 1
 		}
-	case codec.Lstat, codec.Readlink, codec.Statfs, codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
+	case codec.Lstat, codec.Readlink, codec.Statfs,
+		codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
 		if g.oneIn(4) {
-			r.q.Path = g.cstring(pick(g, "/shared/file", "//shared/dir", "//shared/dir/inner", "/shared/link", "/shared/none", "//"+g.dir))
+			r.q.Path = g.cstring(pick(g,
+				"/shared/file",
+				"//shared/dir",
+				"//shared/dir/inner",
+				"/shared/link",
+				"/shared/none",
+				"//"+g.dir,
+			))
 		}
 	}
 	if r.t == codec.Open && g.oneIn(4) {
-		r.q.Path, r.q.Flags = g.cstring(pick(g, "/shared/file", "//shared/dir", "/shared/link", "//"+g.dir)), unix.O_RDONLY
+		path := pick(g, "/shared/file", "//shared/dir", "/shared/link", "//"+g.dir)
+		r.q.Path, r.q.Flags = g.cstring(path), unix.O_RDONLY
 	}
 	r.frame = r.q.Append(nil, r.t)
 	switch {

@@ -16,12 +16,12 @@ import (
 )
 
 // VM is a synthetic VM: a connection, a directory of its own in the export, and
-// what its answers and that directory must be.
+// the model of that directory.
 type VM struct {
-	Client *qemu.Client // is to be set before Run
+	Client *qemu.Client // to be set before Run
 	Dir    string       // in the export
-	// Thorough compares the tree after each batch, not only where an answer
-	// leaves it open what has been done.
+	// Thorough compares the tree after each batch, not only after an answer that
+	// leaves open whether the request has been done.
 	Thorough bool
 	// IDs are the users and groups of a rootless helper's guest on the host.
 	IDs IDs
@@ -35,15 +35,15 @@ type VM struct {
 	kind   fsKind // of the file system of Dir
 	around fsKind // of the export's own
 	gen    *generator
-	worlds []*world // that may be: one, but within a batch that a server has died over
+	worlds []*world // the possible ones: one, except within a batch during which a server died
 }
 
-// IDs are how a guest's users and groups are numbered on the host: as they are,
-// or as a rootless helper has them. Such a one makes no device nodes.
+// IDs maps the host's user and group numbers to the guest's. A rootless helper
+// shifts them, and makes no device nodes; any other keeps them.
 type IDs struct {
 	Rootless bool
 	Root     uint32 // the host's number of the guest's 0
-	First    uint32 // and of its 1; the others follow
+	First    uint32 // the host's number of the guest's 1; the others follow
 }
 
 func (ids IDs) guest(host uint32) uint32 {
@@ -56,18 +56,24 @@ func (ids IDs) guest(host uint32) uint32 {
 	return host - ids.First + 1
 }
 
-// Events are what VMs need to know of others: when an answer may be EIO or
-// EMFILE, and how many answers have come to all of them.
+// Events are shared by all VMs: the times at which an answer may be EIO or
+// EMFILE, and the number of answers to all VMs.
 type Events struct {
 	Deaths   Spans // of servers
 	Poverty  Spans // of descriptors
 	Answered atomic.Int64
 }
 
-// NewVM returns a VM of a directory of the export, which is there and empty.
-// MakeShared has been called there.
+// NewVM returns a VM of a directory of the export. The directory must exist and
+// be empty, and MakeShared must have been called for the export.
 func NewVM(events *Events, export, dir string, seed uint64, index int) (*VM, error) {
-	v := &VM{Dir: dir, Errnos: map[unix.Errno]int{}, events: events, export: export, gen: newGenerator(seed, index, dir)}
+	v := &VM{
+		Dir:    dir,
+		Errnos: map[unix.Errno]int{},
+		events: events,
+		export: export,
+		gen:    newGenerator(seed, index, dir),
+	}
 	var err error
 	if v.kind, err = kindOf(filepath.Join(export, dir)); err != nil {
 		return nil, err
@@ -75,7 +81,7 @@ func NewVM(events *Events, export, dir string, seed uint64, index int) (*VM, err
 	if v.around, err = kindOf(export); err != nil {
 		return nil, err
 	}
-	// The root itself is not looked at: it stands for what is not this VM's.
+	// The attributes of the root are not compared: it is not this VM's.
 	root := newNode(unix.S_IFDIR, 0, 0)
 	root.entries[dir] = newNode(unix.S_IFDIR|0o755, 0, 0)
 	root.entries["shared"] = sharedTree()
@@ -98,23 +104,23 @@ func (v *VM) kindOf(path string) fsKind {
 	return v.around
 }
 
-// tree is what the VM's directory must be.
+// tree is the expected content of the VM's directory.
 func (w *world) tree(v *VM) *node { return w.root.entries[v.Dir] }
 
-// compare compares the VM's directory with what it must be in w.
+// compare compares the VM's directory on the host with that of w.
 func (v *VM) compare(w *world) error {
 	return w.tree(v).compare(filepath.Join(v.export, v.Dir), v.kind, v.IDs, map[uint64]*node{})
 }
 
-// Compare compares the VM's directory with what its answers say, and what all
-// VMs read with what MakeShared has made.
+// Compare compares the VM's directory on the host with the model, and the shared
+// directory with the one that MakeShared made.
 func (v *VM) Compare() error {
 	shared := v.worlds[0].root.entries["shared"]
 	return errors.Join(v.compare(v.worlds[0]),
 		shared.compare(filepath.Join(v.export, "shared"), v.around, v.IDs, map[uint64]*node{}))
 }
 
-// Run asks until the time is over. An error names the request.
+// Run sends requests until over is set. An error names the request.
 func (v *VM) Run(over *atomic.Bool) error {
 	for !over.Load() {
 		batch := make([]*request, 1)
@@ -148,7 +154,8 @@ func (v *VM) Run(over *atomic.Bool) error {
 			}
 		}
 		if n := v.events.Deaths.Count(sent, time.Now()); eio > n {
-			return fmt.Errorf("%v and those sent with it: %d times EIO, with %d deaths", batch[0], eio, n)
+			return fmt.Errorf("%v and those sent with it: %d times EIO, with %d deaths",
+				batch[0], eio, n)
 		}
 		if err := v.settle(); err != nil {
 			return fmt.Errorf("after %v: %w", batch[len(batch)-1], err)
@@ -160,7 +167,7 @@ func (v *VM) Run(over *atomic.Bool) error {
 	return v.silent()
 }
 
-// silent finds an answer too many.
+// silent returns an error if there is an answer too many.
 func (v *VM) silent() error {
 	if err := v.Client.Silent(10 * time.Millisecond); err != nil {
 		return fmt.Errorf("all is answered: %w", err)
@@ -168,7 +175,8 @@ func (v *VM) silent() error {
 	return nil
 }
 
-// judge keeps the worlds where the answer is right.
+// judge drops the worlds in which the answer is wrong. It returns an error if
+// the answer is wrong in all of them.
 func (v *VM) judge(r *request, a qemu.Answer, sent time.Time) error {
 	v.events.Answered.Add(1)
 	v.Answers[r.t]++
@@ -213,8 +221,8 @@ func (w *want) judge(a qemu.Answer) error {
 	return nil
 }
 
-// excused tells that a disturbance may have made this the answer in world w,
-// with the request not done, or done all the same.
+// excused reports whether a disturbance may explain this answer in world w, with the
+// request not done (undone), or done nevertheless (done).
 func (v *VM) excused(w *world, r *request, errno unix.Errno, sent time.Time) (undone, done bool) {
 	now := time.Now()
 	switch errno {
@@ -229,7 +237,7 @@ func (v *VM) excused(w *world, r *request, errno unix.Errno, sent time.Time) (un
 		poor := opens && v.events.Poverty.Count(sent, now) > 0
 		return poor, poor
 	case unix.ENOSPC:
-		// As tmpfs counts, attributes take room of inodes, less than one each.
+		// tmpfs counts each attribute as a part of an inode.
 		t := w.tree(v)
 		return v.kind == tmpfs && t.names()+len(t.xattrs)+len(w.opened)+4 > TmpfsInodes, false
 	case unix.EDQUOT:
@@ -238,17 +246,19 @@ func (v *VM) excused(w *world, r *request, errno unix.Errno, sent time.Time) (un
 	return false, false
 }
 
-// repeatable is what the protocol's documentation calls so, said once more.
+// repeatable reports whether the helper sends the request to a second server if the
+// first dies. It repeats the protocol's documentation, not the helper's code.
 func repeatable(r *request) bool {
 	switch r.t {
-	case codec.Lstat, codec.Readlink, codec.Statfs, codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
+	case codec.Lstat, codec.Readlink, codec.Statfs,
+		codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
 		return true
 	}
 	return r.t == codec.Open && (r.short || r.q.Flags&(unix.O_CREAT|unix.O_TRUNC) == 0)
 }
 
-// settle finds out which world it is once all is answered, and looks at the
-// descriptors that have come.
+// settle finds the right world when all requests of a batch are answered, and
+// checks the descriptors that came with the answers.
 func (v *VM) settle() error {
 	if len(v.worlds) > 1 {
 		v.Doubts++
@@ -281,8 +291,8 @@ func (v *VM) settle() error {
 	return nil
 }
 
-// look compares a descriptor with what it must be, writes by it if it can, and
-// reads back what is there.
+// look compares a descriptor with the expected inode, writes through it if it is
+// writable, and compares the content.
 func (v *VM) look(o opened) error {
 	n, fd := o.node, int(o.fd.Fd())
 	kind := v.kindOf(text(o.r.q.Path))
@@ -301,7 +311,9 @@ func (v *VM) look(o opened) error {
 		return err
 	case flags&compared != int(o.r.q.Flags)&compared:
 		return fmt.Errorf("flags %#x", flags)
-	case flags&unix.O_PATH != 0, n.is(unix.S_IFDIR) && n.nlink == 0: // removed meanwhile: nothing lists it
+	case flags&unix.O_PATH != 0:
+		return nil
+	case n.is(unix.S_IFDIR) && n.nlink == 0: // removed meanwhile: cannot be listed
 		return nil
 	case n.is(unix.S_IFDIR):
 		entries, err := o.fd.ReadDir(-1)
