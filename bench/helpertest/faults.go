@@ -12,20 +12,26 @@ import (
 	"time"
 )
 
-// Fault is a fault of the helper that is not mended yet: the cases of a test
-// that it makes fail.
+// Fault is a fault of the helper that is not mended yet, with the test cases
+// that fail because of it.
 type Fault struct {
-	Row   string // its number
-	Words string // what is wrong
-	Test  string // of EachWay
+	Row   string // number of the fault
+	Words string // description of the fault
+	Test  string // name of the test, which calls EachWay
 	Ways  string // pattern of path.Match for the ways in which the test fails
-	Says  string // part of what the failing test prints
+	Says  string // part of the output of the failing test
 }
 
-// KnownFaults are the faults that are not mended yet. A case named here has to
-// fail as it says, so whoever mends a fault has to delete its lines.
+// KnownFaults are the faults that are not mended yet. A case named here must
+// fail with the output in Says: delete the entry when the fault is mended.
 var KnownFaults = []Fault{
-	{"G2", "as a daemon: kill -9 of the supervisor ends the server too", "TestKilledSupervisor", "daemon*", "the VM is lost"},
+	{
+		Row:   "G2",
+		Words: "as a daemon: kill -9 of the supervisor ends the server too",
+		Test:  "TestKilledSupervisor",
+		Ways:  "daemon*",
+		Says:  "the VM is lost",
+	},
 }
 
 // caseEnv is set for a process that runs a marked case, to see it fail.
@@ -35,7 +41,7 @@ func isCase() bool { return os.Getenv(caseEnv) != "" }
 
 func init() {
 	if isCase() {
-		Patience = 15 * time.Second // it will be in vain, most likely
+		Patience = 15 * time.Second // the case is expected to time out
 	}
 }
 
@@ -50,15 +56,16 @@ func knownFault(name string) *Fault {
 	return nil
 }
 
-// expect runs the subtest t again in another process, with program as Ours, and
-// returns what is wrong if it does not fail as the fault says.
+// expect runs the subtest t again in another process, with program as Ours. It
+// returns a description of the problem if t does not fail with f.Says.
 func (f *Fault) expect(t *testing.T, program string) (problem string) {
 	t.Helper()
 	var only []string
 	for part := range strings.SplitSeq(t.Name(), "/") {
 		only = append(only, "^"+regexp.QuoteMeta(part)+"$")
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.v", "-test.timeout=3m", "-test.run="+strings.Join(only, "/"))
+	cmd := exec.Command("/proc/self/exe",
+		"-test.v", "-test.timeout=3m", "-test.run="+strings.Join(only, "/"))
 	cmd.Env = append(os.Environ(), caseEnv+"="+f.Row, "HELPER="+program)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	b, err := cmd.CombinedOutput()
@@ -67,9 +74,11 @@ func (f *Fault) expect(t *testing.T, program string) (problem string) {
 	case cmd.ProcessState == nil:
 		return err.Error()
 	case cmd.ProcessState.Success():
-		return fmt.Sprintf("%s (%s) is mended here: delete its line in KnownFaults, or narrow it\n%s", f.Row, f.Words, output)
+		return fmt.Sprintf("%s (%s) is mended here: "+
+			"delete its line in KnownFaults, or narrow it\n%s", f.Row, f.Words, output)
 	case !strings.Contains(output, "--- FAIL: "+t.Name()+" ") || !strings.Contains(output, f.Says):
-		return fmt.Sprintf("%s (%s) does not fail with %q: %v\n%s", f.Row, f.Words, f.Says, err, output)
+		return fmt.Sprintf("%s (%s) does not fail with %q: %v\n%s",
+			f.Row, f.Words, f.Says, err, output)
 	}
 	t.Logf("fails as known, %s: %s", f.Row, f.Words)
 	return ""

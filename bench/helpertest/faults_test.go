@@ -7,9 +7,10 @@ import (
 	"testing"
 )
 
-// A marked case that fails otherwise than marked, or not at all, is told; one
-// that fails as marked is not.
+// expect reports a marked case that fails otherwise than marked, or not at all,
+// and accepts one that fails as marked.
 func TestKnownFault(t *testing.T) {
+	const notAsMarked = `does not fail with "the VM is lost"`
 	for name, c := range map[string]struct {
 		body    func(t *testing.T)
 		problem string
@@ -20,8 +21,8 @@ func TestKnownFault(t *testing.T) {
 		"passes":             {func(*testing.T) {}, "is mended"},
 		"passes and says so": {func(t *testing.T) { t.Log("the VM is lost") }, "is mended"},
 		"is skipped":         {func(t *testing.T) { t.Skip("the VM is lost") }, "is mended"},
-		"fails otherwise":    {func(t *testing.T) { t.Error("the name is lost") }, `does not fail with "the VM is lost"`},
-		"panics":             {func(*testing.T) { panic("a nil pointer") }, `does not fail with "the VM is lost"`},
+		"fails otherwise":    {func(t *testing.T) { t.Error("the name is lost") }, notAsMarked},
+		"panics":             {func(*testing.T) { panic("a nil pointer") }, notAsMarked},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if isCase() {
@@ -55,7 +56,7 @@ func TestEachWayKnownFault(t *testing.T) {
 	})
 }
 
-// Each mark names ways that there are, and a test once for each of them.
+// Each entry of KnownFaults names existing ways, and no two name the same case.
 func TestMarks(t *testing.T) {
 	seen := map[string]string{}
 	for _, f := range KnownFaults {

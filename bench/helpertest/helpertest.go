@@ -1,15 +1,15 @@
 // Package helpertest runs a proxy helper, this one or QEMU's own in C, for
-// tests that look at it from the outside.
+// tests that observe it from outside the process.
 //
 //	helpertest.go  the binaries; processes that a test starts and ends
-//	ways.go        every way of starting our helper, for tests that hold in each
-//	faults.go      where such a test is known to fail today
+//	ways.go        every way of starting our helper, and tests in each of them
+//	faults.go      the cases of such tests that are known to fail today
 //	client.go      QEMU's side of a connection: package qemu, for tests
-//	proc.go        what /proc says about a process
+//	proc.go        a process as /proc shows it
 //	user.go        an ordinary user to start them as
-//	need.go        what a test needs of the machine, or is skipped
+//	need.go        requirements of tests; a test is skipped where they are not met
 //
-// Nothing here waits for a fixed time: what is awaited is polled for, up to
+// Nothing here waits for a fixed time: conditions are polled for, up to
 // Patience, and then the test fails.
 package helpertest
 
@@ -33,9 +33,9 @@ import (
 	"virtfs-proxy-helper/bench/qemu"
 )
 
-// Patience bounds every wait. It is no measure of speed: only what hangs takes
-// so long. The environment's VIRTFS_TEST_PATIENCE is a factor, for machines that
-// are emulated.
+// Patience bounds every wait. It is no measure of speed: only a process that
+// hangs takes so long. The environment variable VIRTFS_TEST_PATIENCE is a factor
+// for emulated machines.
 var Patience = patience()
 
 func patience() time.Duration {
@@ -55,7 +55,7 @@ var built struct {
 	err       error
 }
 
-// Main is the body of TestMain: it removes what Ours has built.
+// Main is the body of TestMain: it removes the binary that Ours has built.
 func Main(m *testing.M) {
 	code := m.Run()
 	if built.dir != "" {
@@ -65,7 +65,8 @@ func Main(m *testing.M) {
 }
 
 // Ours returns the path of this repository's helper, which is built once, with
-// the race detector if the test has it. The environment's HELPER overrides it.
+// the race detector if the test has it. The environment variable HELPER
+// overrides the path.
 func Ours(tb testing.TB) string {
 	tb.Helper()
 	NeedRoot(tb)
@@ -76,13 +77,14 @@ func Ours(tb testing.TB) string {
 	defer built.Unlock()
 	if built.dir == "" {
 		if built.dir, built.err = os.MkdirTemp("", "helpertest"); built.err == nil {
-			built.err = os.Chmod(built.dir, 0o755) // users without privilege start it, too
+			built.err = os.Chmod(built.dir, 0o755) // for users without privilege
 			built.path = filepath.Join(built.dir, "virtfs-proxy-helper")
 			args := []string{"build", "-o", built.path}
 			if raceEnabled {
 				args = append(args, "-race")
 			}
-			if out, err := exec.Command("go", append(args, "virtfs-proxy-helper")...).CombinedOutput(); err != nil {
+			build := exec.Command("go", append(args, "virtfs-proxy-helper")...)
+			if out, err := build.CombinedOutput(); err != nil {
 				built.err = fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
 			}
 		}
@@ -101,7 +103,7 @@ func C(tb testing.TB) string {
 	return CPath
 }
 
-// Eventually waits until ok says true.
+// Eventually waits until ok returns true.
 func Eventually(tb testing.TB, what string, ok func() bool) {
 	tb.Helper()
 	for end := time.Now().Add(Patience); !ok(); time.Sleep(time.Millisecond) {
@@ -115,28 +117,29 @@ func Eventually(tb testing.TB, what string, ok func() bool) {
 type Command struct {
 	Path  string
 	Args  []string
-	Files []*os.File          // its descriptors from 3 on; Start closes them here
-	Cred  *syscall.Credential // root without supplementary groups, if nil
+	Files []*os.File          // descriptors from 3 on; Start closes them in this process
+	Cred  *syscall.Credential // nil means root without supplementary groups
 	Env   []string
 	Dir   string
 }
 
-// Process is one that Start has started. When the test ends, it is ended, and
-// the test fails if it has died before, or has printed what no helper should.
+// Process is a process that Start has started. It is terminated when the test
+// ends. The test fails if the process has died before, or has printed a panic or
+// a data race.
 type Process struct {
 	PID int
 
 	tb      testing.TB
 	proc    *os.Process
-	state   *os.ProcessState // of its end; set before exited is closed
-	log     string           // file that holds its output
+	state   *os.ProcessState // exit status; set before exited is closed
+	log     string           // name of the file that holds the output
 	sync    func()           // completes log, if not nil
-	exited  chan struct{}
-	allowed bool // to have ended
-	leaves  bool // with its only client
+	exited  chan struct{}    // closed when the process has ended
+	allowed bool             // the process may end before the test does
+	leaves  bool             // the process may exit with status 0 after its only client
 }
 
-// Start starts a process, whose output goes to a file.
+// Start starts a process and writes its output to a file.
 func Start(tb testing.TB, c Command) *Process {
 	tb.Helper()
 	NeedRoot(tb) // for its identity
@@ -153,7 +156,7 @@ func Start(tb testing.TB, c Command) *Process {
 	cmd.ExtraFiles = c.Files
 	cmd.Env = append(os.Environ(), c.Env...)
 	cmd.Dir = c.Dir
-	// Nothing outlives the test binary, even if that is killed.
+	// The process does not outlive the test binary, even if that is killed.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.Cred, Pdeathsig: syscall.SIGTERM}
 	if err := cmd.Start(); err != nil {
 		tb.Fatal(err)
@@ -187,10 +190,10 @@ func (p *Process) Output() string {
 	return string(b)
 }
 
-// Logged tells that the process has printed text.
+// Logged reports whether the process has printed text.
 func (p *Process) Logged(text string) bool { return strings.Contains(p.Output(), text) }
 
-// Signal sends a signal that the process may end by.
+// Signal sends a signal that may end the process.
 func (p *Process) Signal(sig syscall.Signal) {
 	p.tb.Helper()
 	p.allowed = true
@@ -212,7 +215,7 @@ func (p *Process) Wait() int {
 	return p.state.ExitCode()
 }
 
-// Alive tells that the process has not ended.
+// Alive reports whether the process has not ended.
 func (p *Process) Alive() bool {
 	select {
 	case <-p.exited:
@@ -256,8 +259,8 @@ func (p *Process) stop() {
 	}
 }
 
-// Run runs a command to its end and returns its exit status and output. The
-// output is complete when the command has ended: a daemon must not hold it.
+// Run runs a command to its end and returns its exit status and output. A
+// daemon that the command leaves must not write to that output.
 func Run(tb testing.TB, c Command) (status int, output string) {
 	tb.Helper()
 	p := Start(tb, c)
@@ -301,7 +304,7 @@ func Listen(tb testing.TB, path, dir string, options ...string) (*Process, strin
 	return p, name
 }
 
-// AwaitName waits until p listens on name. It asks by a connection of the
+// AwaitName waits until p listens on name. It tries to connect a socket of the
 // wrong type, which the helper does not notice.
 func AwaitName(tb testing.TB, p *Process, name string) {
 	tb.Helper()
@@ -313,7 +316,7 @@ func AwaitName(tb testing.TB, p *Process, name string) {
 	})
 }
 
-// Listening tells that some process has the socket of that name.
+// Listening reports whether some process has the socket of that name.
 func Listening(tb testing.TB, name string) bool {
 	tb.Helper()
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
@@ -324,8 +327,8 @@ func Listening(tb testing.TB, name string) bool {
 	return unix.Connect(fd, &unix.SockaddrUnix{Name: name}) == unix.EPROTOTYPE && listens(name)
 }
 
-// listens tells that the name's socket is past listen(2), which follows
-// bind(2): the kernel's table says so, with the flag SO_ACCEPTCON.
+// listens reports whether listen(2), which follows bind(2), has been called for the
+// name's socket: the kernel's table shows it with the flag SO_ACCEPTCON.
 func listens(name string) bool {
 	table, err := os.ReadFile("/proc/net/unix")
 	if err != nil {
@@ -344,15 +347,15 @@ func listens(name string) bool {
 	return false
 }
 
-// isBoundTo tells that path, as bound, is the socket st: our helper binds a
+// isBoundTo reports whether path, as bound, is the socket st: our helper binds a
 // private name.
 func isBoundTo(path string, st *unix.Stat_t) bool {
 	var is unix.Stat_t
 	return unix.Stat(path, &is) == nil && is.Ino == st.Ino && is.Dev == st.Dev
 }
 
-// ShortDir returns a directory whose name is short enough for sockets in it:
-// that of TempDir has the test's name in it.
+// ShortDir returns a directory whose name is short enough for sockets in it. The
+// name of TempDir is longer, as it includes the test's.
 func ShortDir(tb testing.TB) string {
 	tb.Helper()
 	dir, err := os.MkdirTemp("", "t")

@@ -11,11 +11,11 @@ import (
 )
 
 // Someone is the number of an ordinary user and of its group, both named
-// someone, that no other process than those of WithSomeone knows.
+// someone. They exist only for the commands of WithSomeone.
 const Someone = 54321
 
-// WithSomeone returns args as a command whose /etc tells of someone, and what
-// ids are someone's, as lines of /etc/subuid and /etc/subgid.
+// WithSomeone returns a command that runs args with an /etc in which someone
+// exists. ranges are the lines of someone in /etc/subuid and /etc/subgid.
 func WithSomeone(tb testing.TB, ranges string, args ...string) []string {
 	tb.Helper()
 	NeedRoot(tb)
@@ -37,20 +37,26 @@ func WithSomeone(tb testing.TB, ranges string, args ...string) []string {
 			tb.Fatal(err)
 		}
 	}
-	return append([]string{"unshare", "--mount", "--propagation", "slave", "sh", "-c",
-		`for f in "$0"/*; do mount --bind "$f" "/etc/${f##*/}" || exit 99; done; exec "$@"`, etc}, args...)
+	const script = `for f in "$0"/*; do mount --bind "$f" "/etc/${f##*/}" || exit 99; done; ` +
+		`exec "$@"`
+	return append([]string{
+		"unshare", "--mount", "--propagation", "slave",
+		"sh", "-c", script, etc,
+	}, args...)
 }
 
 // SomeRange is the first of the ids that someone has besides its own.
 const SomeRange = 700000
 
-// AsSomeone returns the command that runs args as someone, with these ranges
-// of ids, who is in two groups more.
+// AsSomeone returns the command that runs args as someone, with these ranges of
+// ids and two supplementary groups.
 func AsSomeone(tb testing.TB, ranges string, args ...string) []string {
 	tb.Helper()
 	id := strconv.Itoa(Someone)
-	return WithSomeone(tb, ranges, append([]string{"setpriv", "--pdeathsig", "TERM",
-		"--reuid", id, "--regid", id, "--groups", "4,24", "--"}, args...)...)
+	return WithSomeone(tb, ranges, append([]string{
+		"setpriv", "--pdeathsig", "TERM",
+		"--reuid", id, "--regid", id, "--groups", "4,24", "--",
+	}, args...)...)
 }
 
 // giveToSomeone makes someone the owner of directories and of files in them.
@@ -73,7 +79,7 @@ func giveToSomeone(tb testing.TB, dirs ...string) {
 	}
 }
 
-// giveTreeToSomeone makes a directory, and all that is in it, someone's.
+// giveTreeToSomeone makes someone the owner of a directory and of all its content.
 func giveTreeToSomeone(t *testing.T, dir string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {

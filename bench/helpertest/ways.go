@@ -27,10 +27,10 @@ type Way struct {
 	Sandbox    string // --sandbox
 }
 
-// Ways are those that tests run in, named from start to sandbox: "daemon-chroot",
-// "foreground-fd-rootless-namespace". They are some of all sixteen, so that each
-// two of start, name or descriptor, user, and sandbox are met; with
-// VIRTFS_TEST_WAYS=all they are all.
+// Ways are the ways in which tests run, with names such as "daemon-chroot" and
+// "foreground-fd-rootless-namespace". They are six of the sixteen, which cover
+// each pair of values of start, name or descriptor, user, and sandbox. With
+// VIRTFS_TEST_WAYS=all they are all sixteen.
 var Ways = slices.DeleteFunc(ways(), func(w Way) bool {
 	return os.Getenv("VIRTFS_TEST_WAYS") != "all" && !slices.Contains(someWays, w.Name)
 })
@@ -73,7 +73,8 @@ func (w Way) UID() int {
 	return 0
 }
 
-// ManyVMs is why a test with more than one VM does not apply in a way, or "".
+// ManyVMs returns the reason why a test with more than one VM does not apply in
+// a way, or "".
 func ManyVMs(w Way) (reason string) {
 	if w.FD {
 		return "--fd serves a single VM"
@@ -81,12 +82,13 @@ func ManyVMs(w Way) (reason string) {
 	return ""
 }
 
-// slots bounds how many ways are tested at a time.
+// slots bounds the number of ways that are tested at a time.
 var slots = make(chan struct{}, 2)
 
-// EachWay runs a test in each way but those that unless, if it is not nil,
-// returns a reason for, as parallel subtests. They begin when the test function
-// has returned, so call it last. A case that KnownFaults names has to fail.
+// EachWay runs a test in each way as parallel subtests. It leaves out the ways
+// for which unless, if not nil, returns a reason. The subtests begin when the
+// test function has returned, so call EachWay last. A case that KnownFaults names
+// must fail.
 func EachWay(t *testing.T, unless func(Way) (reason string), test func(t *testing.T, way Way)) {
 	t.Helper()
 	program := Ours(t)
@@ -112,17 +114,17 @@ func EachWay(t *testing.T, unless func(Way) (reason string), test func(t *testin
 	}
 }
 
-// Setup is what a test needs of a helper, in whichever way it is started.
+// Setup holds the options of a helper that do not depend on the way.
 type Setup struct {
-	// Dir holds the export and the names: that of a helper before this one. It
-	// is a new one if it is empty.
+	// Dir is the directory for the export and the names, for example that of an
+	// earlier helper. If it is empty, a new one is made.
 	Dir string
-	// Fill makes what the export holds. It, and all that is in it, become the
-	// starter's.
+	// Fill makes the content of the export. The user that starts the helper
+	// becomes the owner of the export and its content.
 	Fill func(t *testing.T, export string)
-	// Program is the helper, Ours if it is empty.
+	// Program is the path of the helper, Ours if it is empty.
 	Program string
-	// Wrap is a command that starts the helper, by executing its arguments.
+	// Wrap is a command that executes its arguments, which start the helper.
 	Wrap []string
 	// Args are further options. The helper starts in Dir.
 	Args []string
@@ -130,10 +132,10 @@ type Setup struct {
 }
 
 // Helper is our helper, started in one of the ways. It is stopped when the test
-// ends, which fails if anything of it is left then.
+// ends, which fails if a process of it is left then.
 type Helper struct {
-	// Process is the supervisor; where someone has started it in the
-	// foreground it is that command, which ends as the supervisor does.
+	// Process is the supervisor. Started by someone in the foreground, it is that
+	// command instead, which ends with the supervisor's status.
 	*Process
 	// PID is the supervisor's process id.
 	PID int
@@ -141,21 +143,23 @@ type Helper struct {
 	Way     Way
 	Export  string // the exported directory
 	Dir     string // holds Export and the names, and nothing else
-	Name    string // of the socket, "" with FD
+	Name    string // name of the socket, "" with FD
 	PIDFile string
 
 	only *Client // the inherited connection, until Dial has returned it
 }
 
-// Start starts a helper in this way and returns once it takes connections.
+// Start starts a helper in this way and returns when it accepts connections.
 func (w Way) Start(t *testing.T, s Setup) *Helper {
 	t.Helper()
 	h, c, log := w.prepare(t, s)
 	// Cleanups run in the reverse order: this one finds all processes ended.
 	t.Cleanup(func() {
+		// A server without a supervisor ends after its last client.
 		pids := With(h.PIDFile)
-		for end := time.Now().Add(Patience); len(pids) > 0 && time.Now().Before(end); pids = With(h.PIDFile) {
-			time.Sleep(time.Millisecond) // a server without a supervisor leaves after its last client
+		for end := time.Now().Add(Patience); len(pids) > 0 && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+			pids = With(h.PIDFile)
 		}
 		for _, pid := range pids {
 			t.Errorf("process %d of the helper is left", pid)
@@ -171,7 +175,7 @@ func (w Way) Start(t *testing.T, s Setup) *Helper {
 	return h
 }
 
-// Refused starts a helper in this way, which has to fail, and returns its exit
+// Refused starts a helper in this way, which must fail, and returns its exit
 // status and output.
 func (w Way) Refused(t *testing.T, s Setup) (status int, output string) {
 	t.Helper()
@@ -179,8 +183,8 @@ func (w Way) Refused(t *testing.T, s Setup) (status int, output string) {
 	return Run(t, c)
 }
 
-// prepare makes what a helper needs, and the command that starts it; log is
-// that of a daemon.
+// prepare makes the files that a helper needs, and the command that starts it.
+// log is the log of a daemon, nil in the foreground.
 func (w Way) prepare(t *testing.T, s Setup) (h *Helper, c Command, log *syslogFile) {
 	t.Helper()
 	if s.Dir == "" {
@@ -189,14 +193,20 @@ func (w Way) prepare(t *testing.T, s Setup) (h *Helper, c Command, log *syslogFi
 	if s.Program == "" {
 		s.Program = Ours(t)
 	}
-	h = &Helper{Way: w, Dir: s.Dir, Export: filepath.Join(s.Dir, "export"), PIDFile: filepath.Join(s.Dir, "pid")}
+	h = &Helper{
+		Way:     w,
+		Dir:     s.Dir,
+		Export:  filepath.Join(s.Dir, "export"),
+		PIDFile: filepath.Join(s.Dir, "pid"),
+	}
 	if err := os.Mkdir(h.Export, 0o755); err != nil && !os.IsExist(err) {
 		t.Fatal(err)
 	}
 	if s.Fill != nil {
 		s.Fill(t, h.Export)
 	}
-	args := append(slices.Clone(s.Wrap), s.Program, "--path", h.Export, "--pidfile", h.PIDFile, "--sandbox", w.Sandbox)
+	args := append(slices.Clone(s.Wrap), s.Program,
+		"--path", h.Export, "--pidfile", h.PIDFile, "--sandbox", w.Sandbox)
 	if w.Foreground {
 		args = append(args, "--nodaemon")
 	}
@@ -223,11 +233,11 @@ func (w Way) prepare(t *testing.T, s Setup) (h *Helper, c Command, log *syslogFi
 		args = log.wrap(args)
 	}
 	c.Path, c.Args, c.Env, c.Dir = args[0], args[1:], s.Env, h.Dir
-	c.Cred = &syscall.Credential{Groups: []uint32{4, 24}} // as a shell has some
+	c.Cred = &syscall.Credential{Groups: []uint32{4, 24}} // supplementary groups, as of a shell
 	return h, c, log
 }
 
-// awaitSupervisor waits until the helper in the foreground takes connections.
+// awaitSupervisor waits until the helper in the foreground accepts connections.
 func (h *Helper) awaitSupervisor(t *testing.T) {
 	t.Helper()
 	h.leaves = h.Way.FD
@@ -244,18 +254,18 @@ func (h *Helper) awaitSupervisor(t *testing.T) {
 	if h.only == nil {
 		return
 	}
-	// Without a name nothing but an answer tells that the server is ready.
+	// Without a name, only an answer shows that the server is ready.
 	if _, err := h.only.TryDo(codec.Lstat, codec.Request{Path: Path("/")}); err != nil {
 		t.Fatalf("the helper does not serve: %v\n%s", err, h.Output())
 	}
 }
 
-// startDaemon runs the command, which has to say nothing, and adopts the
-// supervisor that it leaves.
+// startDaemon runs the command, which must succeed without output, and adopts
+// the supervisor that it leaves.
 func (h *Helper) startDaemon(t *testing.T, c Command, log *syslogFile) {
 	t.Helper()
-	// The daemon becomes this process' child, so that its number stays its own
-	// until it is waited for, and its status can be.
+	// The daemon becomes a child of this process. So its process id is not reused,
+	// and its status can be waited for.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -277,8 +287,8 @@ func (h *Helper) startDaemon(t *testing.T, c Command, log *syslogFile) {
 	t.Cleanup(guard)
 }
 
-// guard has a process end pid if this process ends before the function that it
-// returns is called.
+// guard starts a process that terminates pid if this process ends before it has
+// called release.
 func guard(t *testing.T, pid int) (release func()) {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", `read x || kill "$0"`, strconv.Itoa(pid))
@@ -295,7 +305,7 @@ func guard(t *testing.T, pid int) (release func()) {
 	}
 }
 
-// readPID returns the process id in the pidfile, 0 if there is none yet.
+// readPID returns the process id in the pidfile, 0 if it holds none yet.
 func (h *Helper) readPID() int {
 	b, _ := os.ReadFile(h.PIDFile)
 	line, _, whole := strings.Cut(string(b), "\n")
@@ -306,7 +316,7 @@ func (h *Helper) readPID() int {
 	return pid
 }
 
-// Dial returns a new VM; with FD it is the only one, returned once.
+// Dial returns a new VM. With FD there is only one, and a second call fails.
 func (h *Helper) Dial() *Client {
 	h.tb.Helper()
 	if !h.Way.FD {
@@ -335,14 +345,14 @@ func (h *Helper) Server() (pid int) {
 	return pid
 }
 
-// Signal sends the supervisor a signal that it may end by.
+// Signal sends the supervisor a signal that may end it.
 func (h *Helper) Signal(sig syscall.Signal) {
 	h.tb.Helper()
 	h.allowed = true
 	h.Send(sig)
 }
 
-// Send sends the supervisor a signal that it does not end by.
+// Send sends the supervisor a signal that does not end it.
 func (h *Helper) Send(sig syscall.Signal) {
 	h.tb.Helper()
 	if err := unix.Kill(h.PID, sig); err != nil {
@@ -350,7 +360,7 @@ func (h *Helper) Send(sig syscall.Signal) {
 	}
 }
 
-// Ended tells that a process runs no more: it is gone or a zombie.
+// Ended reports whether a process has ended, a zombie included.
 func Ended(pid int) bool {
 	f := statFields(pid)
 	return f == nil || f[2] == "Z" || f[2] == "X"
