@@ -1,5 +1,4 @@
-// Package proc tells what processes cost: CPU time, memory, threads,
-// descriptors. It looks at them from the outside.
+// Package proc measures other processes: CPU time, memory, threads, descriptors.
 package proc
 
 import (
@@ -37,7 +36,7 @@ func children() map[int][]int {
 	for _, name := range stats {
 		text, err := os.ReadFile(name)
 		if err != nil {
-			continue // it has ended
+			continue // the process has ended
 		}
 		// pid (comm) state ppid: comm may hold anything, but the last ) ends it
 		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
@@ -53,9 +52,9 @@ func children() map[int][]int {
 // until now: user and system, all threads, those that have ended too. It is
 // NaN if one of them is gone.
 //
-// Of a thread that is running on another CPU it knows only what was true at
-// the last timer tick, up to 4 ms ago: the kernel spares itself the way there.
-// Who wants to know better waits until the processes wait.
+// For a thread that is running on another CPU the kernel returns the time of the
+// last timer tick, up to 4 ms ago. For an exact value, call CPUTime when the
+// processes sleep.
 func CPUTime(pids []int) float64 {
 	sum := 0.0
 	for _, pid := range pids {
@@ -70,14 +69,14 @@ func CPUTime(pids []int) float64 {
 	return sum
 }
 
-// Memory is what processes have in memory, in bytes.
+// Memory is the memory of processes, in bytes.
 type Memory struct {
-	RSS float64 // resident; what several share counts as often
-	// PSS counts each page once: what several processes share is divided
+	RSS float64 // resident memory; a page counts once for each process that maps it
+	// PSS counts each page once: a page that several processes map is divided
 	// among them. Memory files (memfd_create) count once and whole, mapped or
 	// not, as long as a process has them open or mapped.
 	PSS        float64
-	PageTables float64 // the kernel's, and in neither of the above
+	PageTables float64 // page tables in the kernel, which RSS and PSS do not include
 	Threads    int
 }
 
@@ -129,7 +128,8 @@ func (m *Memory) add(pid int, memfds map[uint64]float64) error {
 	for lines.Scan() {
 		name, value, _ := strings.Cut(lines.Text(), ":")
 		switch {
-		case strings.Contains(name, "-") && strings.Contains(name, " "): // START-END PERMS OFFSET MAJOR:MINOR INODE PATH
+		case strings.Contains(name, "-") && strings.Contains(name, " "):
+			// START-END PERMS OFFSET MAJOR:MINOR INODE PATH
 			fields := strings.Fields(lines.Text())
 			memfd = len(fields) > 5 && isMemfd(fields[5])
 			if memfd {
@@ -155,14 +155,15 @@ func noteMemfd(path string, memfds map[uint64]float64) {
 
 // kibibytes reads "123 kB".
 func kibibytes(s string) float64 {
-	n, err := strconv.ParseFloat(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(s), "kB")), 64)
+	digits := strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(s), "kB"))
+	n, err := strconv.ParseFloat(digits, 64)
 	if err != nil {
 		return math.NaN()
 	}
 	return n * 1024
 }
 
-// Descriptors returns how many descriptors the processes have open; -1 if one
+// Descriptors returns the number of open descriptors of the processes, -1 if one
 // of them is gone.
 func Descriptors(pids []int) (n int) {
 	for _, pid := range pids {
