@@ -18,22 +18,54 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// disturbances are what may happen meanwhile, in the order of --help.
+// disturbances are the values of --disturb, in the order of --help.
 var disturbances = []struct {
 	name, help string
-	run        func(*soak, *rand.Rand) // once; then it waits up to pause
-	pause      time.Duration
-	late       bool // also in the last quarter, which one server lives through
+	run        func(*soak, *rand.Rand) // disturbs once; nil for a disturbance of the whole run
+	pause      time.Duration           // between two runs: a random one, from 1/8 to 9/8 of it
+	late       bool                    // also in the last quarter, in which no server is replaced
 }{
-	{"kill", "kill -9 a server", (*soak).kill, 1700 * time.Millisecond, false},
-	{"hup", "SIGHUP to the supervisor: another server takes over", (*soak).renew, 4 * time.Second, false},
-	{"cut", "clients leave in the middle of frames, send garbage, read no answers", (*soak).cut, 40 * time.Millisecond, true},
-	{"hang", "requests of others hang in a FUSE mount", (*soak).hang, 4 * time.Second, true},
-	{"full", "some VMs live on file systems without room: ENOSPC, EDQUOT", nil, 0, true},
-	{"emfile", "the server gets no more descriptors for a while", (*soak).starve, 3 * time.Second, true},
+	{
+		name:  "kill",
+		help:  "kill -9 a server",
+		run:   (*soak).kill,
+		pause: 1700 * time.Millisecond,
+	},
+	{
+		name:  "hup",
+		help:  "SIGHUP to the supervisor: another server takes over",
+		run:   (*soak).renew,
+		pause: 4 * time.Second,
+	},
+	{
+		name:  "cut",
+		help:  "clients leave in the middle of frames, send garbage, read no answers",
+		run:   (*soak).cut,
+		pause: 40 * time.Millisecond,
+		late:  true,
+	},
+	{
+		name:  "hang",
+		help:  "requests of others hang in a FUSE mount",
+		run:   (*soak).hang,
+		pause: 4 * time.Second,
+		late:  true,
+	},
+	{
+		name: "full",
+		help: "some VMs live on file systems without room: ENOSPC, EDQUOT",
+		late: true,
+	},
+	{
+		name:  "emfile",
+		help:  "the server gets no more descriptors for a while",
+		run:   (*soak).starve,
+		pause: 3 * time.Second,
+		late:  true,
+	},
 }
 
-// server is one of the servers there are now; 0 if there is none.
+// server returns the process id of one of the present servers, 0 if there is none.
 func (s *soak) server(rng *rand.Rand) int {
 	pids := proc.Children(s.supervisor.Process.Pid)
 	if len(pids) == 0 {
@@ -61,8 +93,8 @@ func (s *soak) renew(*rand.Rand) {
 	s.did("hup")
 }
 
-// cut is a client that does not behave. One in a few does: whatever happens,
-// new connections are served.
+// cut is a client that breaks the protocol. A few send valid requests instead, to
+// check that new connections are always served.
 func (s *soak) cut(rng *rand.Rand) {
 	c, err := qemu.Dial(s.socket, qemu.Patience)
 	if err != nil {
@@ -72,7 +104,12 @@ func (s *soak) cut(rng *rand.Rand) {
 	defer c.Close()
 	root := codec.Request{Path: qemu.Path("/shared")}
 	open, lstat := root.Append(nil, codec.Open), root.Append(nil, codec.Lstat)
-	long := codec.Request{Path: qemu.Path("/shared/none"), Name: codec.CString("user.x"), Value: make([]byte, 60_000), Size: 1}
+	long := codec.Request{
+		Path:  qemu.Path("/shared/none"),
+		Name:  codec.CString("user.x"),
+		Value: make([]byte, 60_000),
+		Size:  1,
+	}
 	frame := long.Append(nil, codec.Lsetxattr)
 	send := func(b []byte) {
 		c.Conn().SetWriteDeadline(time.Now().Add(time.Second))
@@ -110,7 +147,7 @@ func (s *soak) cut(rng *rand.Rand) {
 		for range 3 {
 			sent := time.Now()
 			a, err := c.Do(codec.Lstat, root)
-			if err != nil || a.Errno != 0 && !(a.Errno == unix.EIO && s.events.Deaths.Count(sent, time.Now()) > 1) {
+			if err != nil || a.Errno != 0 && !(a.Errno == unix.EIO && s.diedTwice(sent)) {
 				s.wrong("cut: LSTAT on a new connection: %v %v", a.Errno, err)
 			}
 		}
@@ -118,14 +155,20 @@ func (s *soak) cut(rng *rand.Rand) {
 	s.did("cut")
 }
 
-// hung is how many requests hang at once.
+// diedTwice reports whether two servers have died since a time: both may have been
+// processing the same request, which is then answered with EIO.
+func (s *soak) diedTwice(since time.Time) bool {
+	return s.events.Deaths.Count(since, time.Now()) > 1
+}
+
+// hung is the number of requests that hang at once.
 const hung = 6
 
-// hang lets requests hang for a while. All others go on meanwhile, and in the
-// end each is answered.
+// hang makes requests hang for a while. All others must be served meanwhile, and
+// in the end each request must be answered.
 //
-// No server is killed in that time: a process can't die before the file system
-// has answered its threads, and until it is dead there is no other server.
+// A server that is killed in that time dies late: a process can't end before the
+// file system has answered its threads, and there is no other server until then.
 func (s *soak) hang(rng *rand.Rand) {
 	sent := time.Now()
 	s.hangs.Hold(slowfs.Lookups)
@@ -155,7 +198,7 @@ func (s *soak) hang(rng *rand.Rand) {
 	s.hangs.Release()
 	for i, c := range peers {
 		a, err := c.Receive(codec.Lstat)
-		if twice := s.events.Deaths.Count(sent, time.Now()) > 1; err != nil || a.Errno != unix.ENOENT && !(twice && a.Errno == unix.EIO) {
+		if err != nil || a.Errno != unix.ENOENT && !(a.Errno == unix.EIO && s.diedTwice(sent)) {
 			s.wrong("hang: request %d is answered by %v, %v", i, a.Errno, err)
 			return
 		}
@@ -163,13 +206,16 @@ func (s *soak) hang(rng *rand.Rand) {
 	s.did("hang")
 }
 
-// starve takes the room for descriptors from a server that serves: one that
-// starts could not.
+// starve lowers the limit of descriptors of a server, but not of one that is
+// starting: that could not open its own.
 func (s *soak) starve(rng *rand.Rand) {
 	pid := s.server(rng)
 	defer s.events.Poverty.Begin()()
+	if pid == 0 || proc.Descriptors([]int{pid}) <= s.vms {
+		return
+	}
 	var old unix.Rlimit
-	if pid == 0 || proc.Descriptors([]int{pid}) <= s.vms || unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old) != nil {
+	if unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old) != nil {
 		return
 	}
 	if unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1, Max: old.Max}, nil) != nil {
@@ -188,7 +234,9 @@ func (s *soak) fill(dirs []string) error {
 	for i, dir := range dirs {
 		switch i % 8 {
 		case 3:
-			if err := s.mount("tmpfs", filepath.Join(s.export, dir), "tmpfs", fmt.Sprintf("mode=0755,size=64k,nr_inodes=%d", model.TmpfsInodes)); err != nil {
+			options := fmt.Sprintf("mode=0755,size=64k,nr_inodes=%d", model.TmpfsInodes)
+			err := s.mount("tmpfs", filepath.Join(s.export, dir), "tmpfs", options)
+			if err != nil {
 				return err
 			}
 		case 6:
@@ -205,12 +253,14 @@ func (s *soak) fill(dirs []string) error {
 	}
 	for _, dir := range quota {
 		volume := filepath.Join(top, dir)
-		commands = append(commands, []string{"btrfs", "subvolume", "create", volume},
+		commands = append(commands,
+			[]string{"btrfs", "subvolume", "create", volume},
 			[]string{"btrfs", "qgroup", "limit", "40K", volume})
 	}
 	for _, command := range commands {
 		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
-			return fmt.Errorf("%s: %w (package btrfs-progs?)\n%s", strings.Join(command, " "), err, out)
+			return fmt.Errorf("%s: %w (package btrfs-progs?)\n%s",
+				strings.Join(command, " "), err, out)
 		}
 		if command[0] == "mount" {
 			s.mounts = append(s.mounts, top)
@@ -234,7 +284,7 @@ func (s *soak) mount(source, at, kind, options string) error {
 	return nil
 }
 
-// eventually waits until ok says true, up to Patience.
+// eventually waits until ok returns true, up to Patience.
 func eventually(ok func() bool) bool {
 	for end := time.Now().Add(qemu.Patience); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -244,7 +294,7 @@ func eventually(ok func() bool) bool {
 	return true
 }
 
-// cost is what the helper has when it serves nobody.
+// cost holds the resources of the helper when it has no clients.
 type cost struct {
 	keeperFDs, serverFDs int
 	threads              int

@@ -1,14 +1,14 @@
-// Soak lets many synthetic VMs do everything at once while servers are killed,
-// replaced and starved, other clients misbehave, and file systems hang or are
-// full. Then it asks: was every answer the right one, is the tree what the
-// answers say, and has the helper given back all it took?
+// Soak runs many synthetic VMs while servers are killed, replaced and starved,
+// other clients misbehave, and file systems hang or are full. It checks that
+// every answer is right, that the tree agrees with the answers, and that the
+// helper releases all its resources.
 //
 //	soak.go      options, phases, report
-//	disturb.go   what happens meanwhile
+//	disturb.go   the disturbances
 //
-// VMs and what they must be answered are those of package model.
-// It looks at the helper from outside: a goroutine that leaks is seen by its
-// thread or its memory only. The tests within a process count goroutines.
+// The VMs and the expected answers are those of package model. Soak observes the
+// helper from outside: it detects a leaking goroutine by its thread or its memory
+// only. The tests within a process count goroutines.
 package main
 
 import (
@@ -40,10 +40,14 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// What the helper may have more than before, when all have left.
+// Resources that the helper may have more than before, when all clients have left.
 const (
-	moreThreads = 48       // Go keeps what it once needed at a time; there have been far more connections
-	moreMemory  = 32 << 20 // bytes: what the heap keeps, and slots of the in-flight memory until they are used again
+	// Go keeps the most threads that it has needed at a time. The connections
+	// have been far more.
+	moreThreads = 48
+	// Bytes that the heap keeps, and slots of the in-flight memory until they are
+	// used again.
+	moreMemory = 32 << 20
 )
 
 type soak struct {
@@ -58,19 +62,19 @@ type soak struct {
 	hangs               *slowfs.FS
 	supervisor          *exec.Cmd
 	exited              chan struct{} // closed when the supervisor has ended
-	failed              chan struct{} // gets something when a fault is noted
+	failed              chan struct{} // receives a value when a fault is noted
 
-	over   atomic.Bool // the VMs end
-	late   atomic.Bool // the last quarter
+	over   atomic.Bool // the VMs stop
+	late   atomic.Bool // the last quarter has begun
 	events model.Events
 
 	mu     sync.Mutex
-	done   map[string]int // disturbances
+	done   map[string]int // number of disturbances by name
 	faults []string
 }
 
 func main() {
-	runtime.LockOSThread() // the helper ends with the thread that has started it
+	runtime.LockOSThread() // the helper is killed when the thread that started it ends
 	s := &soak{done: map[string]int{}, exited: make(chan struct{}), failed: make(chan struct{}, 1)}
 	var names []string
 	for _, d := range disturbances {
@@ -79,10 +83,12 @@ func main() {
 	pflag.StringVar(&s.helper, "helper", "./virtfs-proxy-helper", "the `PROGRAM` to try")
 	pflag.IntVar(&s.seconds, "seconds", 120, "how long the VMs work")
 	pflag.IntVar(&s.vms, "vms", 64, "how many VMs")
-	pflag.Uint64Var(&s.seed, "seed", uint64(time.Now().UnixNano()), "make the same requests as the run that has printed `N`")
+	pflag.Uint64Var(&s.seed, "seed", uint64(time.Now().UnixNano()),
+		"make the same requests as the run that has printed `N`")
 	pflag.StringSliceVar(&s.disturb, "disturb", names, "a `LIST` of what happens meanwhile")
 	pflag.Usage = func() {
-		fmt.Fprintf(os.Stderr, "Usage: soak [OPTION]...\n\nOptions:\n%s\nDisturbances:\n", pflag.CommandLine.FlagUsages())
+		fmt.Fprintf(os.Stderr, "Usage: soak [OPTION]...\n\nOptions:\n%s\nDisturbances:\n",
+			pflag.CommandLine.FlagUsages())
 		for _, d := range disturbances {
 			fmt.Fprintf(os.Stderr, "  %-8s %s\n", d.name, d.help)
 		}
@@ -90,7 +96,8 @@ func main() {
 	pflag.Parse()
 	for _, name := range s.disturb {
 		if !slices.Contains(names, name) {
-			fmt.Fprintf(os.Stderr, "soak: --disturb %s: not one of %s\n", name, strings.Join(names, ","))
+			fmt.Fprintf(os.Stderr, "soak: --disturb %s: not one of %s\n",
+				name, strings.Join(names, ","))
 			os.Exit(2)
 		}
 	}
@@ -111,7 +118,7 @@ func main() {
 	fmt.Println("soak: passed")
 }
 
-// wrong notes what should not be. It ends the work.
+// wrong records a fault, and ends the work.
 func (s *soak) wrong(format string, a ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,9 +129,10 @@ func (s *soak) wrong(format string, a ...any) {
 	}
 }
 
-// abort ends a soak whose ordinary end does not come.
+// abort ends a soak that does not end in the ordinary way.
 func (s *soak) abort(why string) {
-	fmt.Printf("soak: FAILED, --seed %d: %s\n%s\n%s", s.seed, why, strings.Join(s.faults, "\n"), s.log())
+	fmt.Printf("soak: FAILED, --seed %d: %s\n%s\n%s",
+		s.seed, why, strings.Join(s.faults, "\n"), s.log())
 	s.cleanUp()
 	os.Exit(1)
 }
@@ -143,7 +151,8 @@ func (s *soak) run() (err error) {
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM)
 	time.AfterFunc(s.time()+5*qemu.Patience, func() { s.abort("it hangs") })
-	fmt.Printf("soak: %d VMs for %d s, disturbed by %s; --seed %d\n", s.vms, s.seconds, strings.Join(s.disturb, ","), s.seed)
+	fmt.Printf("soak: %d VMs for %d s, disturbed by %s; --seed %d\n",
+		s.vms, s.seconds, strings.Join(s.disturb, ","), s.seed)
 	vms, err := s.prepare()
 	if err != nil {
 		return err
@@ -205,16 +214,20 @@ func (s *soak) prepare() (vms []*model.VM, err error) {
 	return vms, nil
 }
 
-// startHelper returns when a first client has been served, and has left.
+// startHelper returns when a first client has been served and has left.
 func (s *soak) startHelper() error {
 	log, err := os.Create(filepath.Join(s.dir, "log"))
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	s.supervisor = exec.Command(s.helper, "-n", "-p", s.export, "-s", s.socket, "-u", "0", "-g", "0")
+	s.supervisor = exec.Command(s.helper,
+		"-n", "-p", s.export, "-s", s.socket, "-u", "0", "-g", "0")
 	s.supervisor.Stdout, s.supervisor.Stderr = log, log
-	s.supervisor.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGTERM, Setpgid: true} // a ^C is for this process alone
+	s.supervisor.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig: unix.SIGTERM,
+		Setpgid:   true, // ^C interrupts this process alone
+	}
 	if err := s.supervisor.Start(); err != nil {
 		s.supervisor = nil
 		return fmt.Errorf("start the helper: %w", err)
@@ -255,7 +268,7 @@ func (s *soak) log() []byte {
 	return b
 }
 
-// work has the VMs work for the given time, under disturbance.
+// work runs the VMs for the given time, with the disturbances.
 func (s *soak) work(vms []*model.VM, interrupted <-chan os.Signal) error {
 	for _, v := range vms {
 		var err error
@@ -319,7 +332,7 @@ func (s *soak) checkTrees(vms []*model.VM) {
 	}
 }
 
-// checkLeaks waits until the helper has no more than before.
+// checkLeaks waits until the helper has no more resources than before.
 func (s *soak) checkLeaks(before cost) (after cost) {
 	ok := eventually(func() bool {
 		var one bool
@@ -328,12 +341,13 @@ func (s *soak) checkLeaks(before cost) (after cost) {
 			after.threads <= before.threads+moreThreads && after.memory <= before.memory+moreMemory
 	})
 	if !ok {
-		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v", proc.Children(s.supervisor.Process.Pid), after, before)
+		s.wrong("a leak: supervisor and servers are processes %v; they have %+v, and had %+v",
+			proc.Children(s.supervisor.Process.Pid), after, before)
 	}
 	return after
 }
 
-// checkEnd ends the helper.
+// checkEnd ends the helper and checks its exit status, names and log.
 func (s *soak) checkEnd() {
 	servers := proc.Children(s.supervisor.Process.Pid)
 	s.supervisor.Process.Signal(unix.SIGTERM)
@@ -362,7 +376,9 @@ func (s *soak) checkEnd() {
 		s.wrong("the helper has printed:\n%s", fault)
 	}
 	for line := range strings.Lines(log) {
-		if strings.Contains(line, "killing the server") || strings.Contains(line, "half of an answer") || strings.Contains(line, "identity") {
+		if strings.Contains(line, "killing the server") ||
+			strings.Contains(line, "half of an answer") ||
+			strings.Contains(line, "identity") {
 			s.wrong("the helper has logged: %s", line)
 		}
 	}
@@ -381,11 +397,13 @@ func (s *soak) report(vms []*model.VM, before, after cost) {
 			errnos[errno] += n
 		}
 	}
-	fmt.Printf("answers: %d; %d times EIO or EMFILE left open what had been done, and the tree told\n", sum, doubts)
+	fmt.Printf("answers: %d; %d times EIO or EMFILE left open what had been done, "+
+		"and the tree told\n", sum, doubts)
 	for t := codec.Open; t < codec.NumTypes; t++ {
 		fmt.Printf("  %-13v %8d\n", t, answers[t])
 	}
-	for _, errno := range slices.SortedFunc(maps.Keys(errnos), func(a, b unix.Errno) int { return cmp.Compare(errnos[b], errnos[a]) }) {
+	mostFirst := func(a, b unix.Errno) int { return cmp.Compare(errnos[b], errnos[a]) }
+	for _, errno := range slices.SortedFunc(maps.Keys(errnos), mostFirst) {
 		fmt.Printf("  %-13s %8d\n", cmp.Or(unix.ErrnoName(errno), "success"), errnos[errno])
 	}
 	fmt.Println("disturbances:")
@@ -394,14 +412,19 @@ func (s *soak) report(vms []*model.VM, before, after cost) {
 			fmt.Printf("  %-13s %8d\n", d.name, n)
 		}
 	}
-	fmt.Printf("helper, before and after: descriptors of the supervisor %d %d, of the server %d %d; threads %d %d; memory %.1f %.1f MiB\n",
-		before.keeperFDs, after.keeperFDs, before.serverFDs, after.serverFDs, before.threads, after.threads, before.memory/(1<<20), after.memory/(1<<20))
+	fmt.Printf("helper, before and after: descriptors of the supervisor %d %d, "+
+		"of the server %d %d; threads %d %d; memory %.1f %.1f MiB\n",
+		before.keeperFDs, after.keeperFDs,
+		before.serverFDs, after.serverFDs,
+		before.threads, after.threads,
+		before.memory/(1<<20), after.memory/(1<<20))
 }
 
-// cleanUp leaves nothing behind.
+// cleanUp ends all processes, unmounts all file systems and removes all files.
 func (s *soak) cleanUp() (err error) {
 	if s.supervisor != nil && !s.ended() {
-		for _, pid := range append(proc.Children(s.supervisor.Process.Pid), s.supervisor.Process.Pid) {
+		supervisor := s.supervisor.Process.Pid
+		for _, pid := range append(proc.Children(supervisor), supervisor) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		<-s.exited
