@@ -23,7 +23,7 @@ import (
 type Op uint32
 
 // The requests that Options and Hold can select. One system call often takes
-// several: as nothing is cached, each component of a path is a Lookup.
+// several: nothing is cached, so each component of a path is a Lookup.
 const (
 	Lookup      Op = 1
 	Getattr     Op = 3
@@ -69,9 +69,9 @@ type Match func(op Op, name string) bool
 // Lookups selects the lookup of every name.
 func Lookups(op Op, _ string) bool { return op == Lookup }
 
-// Options say what is late.
+// Options select the delay of answers.
 type Options struct {
-	// Delay is the time that passes before a request is worked on.
+	// Delay is the time between the arrival and the processing of a request.
 	Delay time.Duration
 	// Late selects the requests that Delay applies to. If nil, it applies to all.
 	Late Match
@@ -89,7 +89,7 @@ type FS struct {
 	files   *fuse.ProtocolServer // the files of the other directory
 	up      chan struct{}        // closed when the kernel has negotiated the protocol
 	end     chan struct{}        // closed when serve has returned
-	pending sync.WaitGroup       // requests that are not answered
+	pending sync.WaitGroup       // requests that are not answered yet
 
 	mu       sync.Mutex
 	hang     Match             // nil unless Hold is in effect
@@ -141,7 +141,8 @@ func Mount(dir, backing string, options Options) (*FS, error) {
 	case <-f.up:
 		return f, nil
 	case <-f.end:
-		return nil, errors.Join(fmt.Errorf("the kernel ended the FUSE file system on %s", dir), f.Close())
+		err := fmt.Errorf("the kernel ended the FUSE file system on %s", dir)
+		return nil, errors.Join(err, f.Close())
 	}
 }
 
@@ -162,7 +163,7 @@ func (f *FS) Waiting() int {
 	return f.waiting
 }
 
-// Release ends Hold: requests that hang are worked on now.
+// Release ends Hold: requests that hang are processed now.
 func (f *FS) Release() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -177,7 +178,7 @@ func (f *FS) Release() {
 func (f *FS) Close() error {
 	f.Release()
 	err := unix.Unmount(f.dir, unix.MNT_DETACH)
-	f.dev.SetReadDeadline(time.Unix(1, 0)) // ends serve, after the answers to what it has read
+	f.dev.SetReadDeadline(time.Unix(1, 0)) // ends serve when it has answered what it has read
 	<-f.end
 	return errors.Join(err, f.dev.Close()) // the last close aborts the connection
 }
@@ -219,7 +220,7 @@ func (f *FS) serve() {
 	}
 }
 
-// wait returns when the request may be worked on.
+// wait returns when the request may be processed.
 func (f *FS) wait(op Op, name string) {
 	f.mu.Lock()
 	late := f.options.Delay > 0 && (f.options.Late == nil || f.options.Late(op, name))
@@ -237,7 +238,7 @@ func (f *FS) wait(op Op, name string) {
 	}
 }
 
-// answer works on a request. Its write fails if the request was withdrawn.
+// answer processes a request. Its write fails if the request was withdrawn.
 func (f *FS) answer(op Op, name string, request []byte) {
 	out := buffers.Get().(*buffer)
 	defer buffers.Put(out)
@@ -275,7 +276,7 @@ func (f *FS) nameOf(op Op, request []byte) string {
 	return f.names[nodeOf(request)]
 }
 
-// note takes down the name of the node that an answer tells the kernel.
+// note records the name of the node in an answer.
 func (f *FS) note(op Op, name string, request, answer []byte) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
