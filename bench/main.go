@@ -1,19 +1,29 @@
-// Bench is a synthetic QEMU: it sends a helper the requests that QEMU would,
-// in the way QEMU does, checks every answer, and tells how long they took. It
-// starts the helper, and the C helper beside it, by itself:
+// Bench is a synthetic QEMU: it sends a helper the same requests in the same way
+// as QEMU, checks every answer, and measures latencies. It starts the helper, and
+// the C helper beside it, by itself:
 //
 //	go run ./bench                  ours, each operation, one connection
 //	go run ./bench --peer           beside the C helper, with ratios
 //	go run ./bench --peer --matrix  all placements and numbers of connections
 //
-// One request's way through the files: ops.go says what to ask, client.go asks
-// and takes the time, server.go starts those who answer (floor.go is one), run.go
-// lets them take turns, stats.go and report.go make figures of it (table.go those of the README). machine.go
-// is about CPUs, neighbours.go about others on the same helper, scratch.go about the file system to measure on,
-// trace.go and record.go about recorded traffic, plot.go about the HTML page.
+// The files:
 //
-//	proc/    what processes cost
-//	slowfs/  a file system that answers late or not at all
+//	ops.go         the requests of each operation
+//	client.go      sends requests and takes the time
+//	server.go      starts the programs that are compared
+//	floor.go       one of them: a server that answers without any work
+//	run.go         lets the programs take turns
+//	stats.go       percentiles and ratios
+//	report.go      the tables and the JSON output
+//	table.go       the table of the README
+//	plot.go        the HTML page
+//	machine.go     placement on CPUs
+//	neighbours.go  other connections to the same helper
+//	scratch.go     the file system to measure on
+//	trace.go       traces of a guest's requests, and their replay
+//	record.go      recording of such a trace
+//	proc/          CPU time and memory of processes
+//	slowfs/        a file system that answers late or not at all
 package main
 
 import (
@@ -25,6 +35,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -82,30 +93,55 @@ func parseOptions(args []string) (*options, error) {
 	o := &options{}
 	f := pflag.NewFlagSet("bench", pflag.ContinueOnError)
 	f.SortFlags = false
-	f.StringVar(&o.helper, "helper", "", "the helper to measure; default: build the one of this module")
-	f.StringVar(&o.socket, "socket", "", "measure the running helper that listens on this `name`, instead")
-	f.StringVar(&o.peer, "peer", "", "run this `helper`, one process for each connection, beside it (no value: the C helper)")
+	f.StringVar(&o.helper, "helper", "",
+		"the helper to measure; default: build the one of this module")
+	f.StringVar(&o.socket, "socket", "",
+		"measure the running helper that listens on this `name`, instead")
+	f.StringVar(&o.peer, "peer", "",
+		"run this `helper`, one process for each connection, beside it (no value: the C helper)")
 	f.Lookup("peer").NoOptDefVal = cHelper
-	f.BoolVar(&o.floor, "floor", false, "beside LSTAT, run a server that answers without looking: what the wire alone costs")
-	f.IntSliceVar(&o.connections, "connections", []int{1}, "how many connections; each `number` is measured by itself")
-	f.StringSliceVar(&o.pin, "pin", []string{"unpinned"}, "where clients and servers run: split (a CPU each), shared (one CPU), unpinned")
+	f.BoolVar(&o.floor, "floor", false,
+		"beside LSTAT, run a server that answers without looking: what the wire alone costs")
+	f.IntSliceVar(&o.connections, "connections", []int{1},
+		"how many connections; each `number` is measured by itself")
+	f.StringSliceVar(&o.pin, "pin", []string{"unpinned"},
+		"where clients and servers run: split (a CPU each), shared (one CPU), unpinned")
 	f.StringSliceVar(&o.ops, "ops", strings.Split(operationNames(), ","), "which operations")
-	f.StringVar(&o.mix, "mix", "", "instead of one operation after the other a random mixture, such as lstat=70,open=30; or guest")
-	f.StringVar(&o.replay, "replay", "", "instead, the requests of a recorded trace, on one connection (`file`, perhaps .gz)")
-	f.IntVar(&o.rounds, "rounds", 21, "how many chunks of each operation every program gets; of a replay: how often")
-	f.IntVar(&o.chunk, "chunk", 0, "requests in a chunk on each connection (default 1024 by connections, at least 64)")
-	f.IntVar(&o.count, "count", 0, "requests on each connection, instead of --rounds (rounded up to chunks)")
-	f.DurationVar(&o.duration, "duration", 0, "go on with each operation for that long, instead of --rounds")
-	f.DurationSliceVar(&o.sparse, "sparse", nil, "also LSTAT with such a pause before each request, for example 2ms,20ms")
-	f.DurationVar(&o.idle, "idle", 0, "at the end, measure CPU time and memory of idle helpers for that long")
-	f.IntVar(&o.hang, "hang", 0, "compare the helper to itself: while this `number` of other connections hang in a file system that does not answer, while one sends requests without waiting for answers, and while nobody does; by default --ops lstat,open, and also how long a new client waits for its first answer")
-	f.BoolVar(&o.matrix, "matrix", false, "--connections 1,8,64 --pin split,shared,unpinned --floor --sparse 2ms,20ms --idle 5s, where not given")
-	f.BoolVar(&o.table, "table", false, "beside the C helper, measure what the README's table says, and print it as Markdown")
+	f.StringVar(&o.mix, "mix", "",
+		"instead of one operation after the other a random mixture, such as "+
+			"lstat=70,open=30; or guest")
+	f.StringVar(&o.replay, "replay", "",
+		"instead, the requests of a recorded trace, on one connection (`file`, perhaps .gz)")
+	f.IntVar(&o.rounds, "rounds", 21,
+		"how many chunks of each operation every program gets; of a replay: how often")
+	f.IntVar(&o.chunk, "chunk", 0,
+		"requests in a chunk on each connection (default 1024 by connections, at least 64)")
+	f.IntVar(&o.count, "count", 0,
+		"requests on each connection, instead of --rounds (rounded up to chunks)")
+	f.DurationVar(&o.duration, "duration", 0,
+		"go on with each operation for that long, instead of --rounds")
+	f.DurationSliceVar(&o.sparse, "sparse", nil,
+		"also LSTAT with such a pause before each request, for example 2ms,20ms")
+	f.DurationVar(&o.idle, "idle", 0,
+		"at the end, measure CPU time and memory of idle helpers for that long")
+	f.IntVar(&o.hang, "hang", 0,
+		"compare the helper to itself: while this `number` of other connections hang in a "+
+			"file system that does not answer, while one sends requests without waiting for "+
+			"answers, and while nobody does; by default --ops lstat,open, and also how long "+
+			"a new client waits for its first answer")
+	f.BoolVar(&o.matrix, "matrix", false,
+		"--connections 1,8,64 --pin split,shared,unpinned --floor --sparse 2ms,20ms --idle 5s, "+
+			"where not given")
+	f.BoolVar(&o.table, "table", false,
+		"beside the C helper, measure what the README's table says, and print it as Markdown")
 	f.Uint64Var(&o.seed, "seed", 1, "of the random mixture")
-	f.StringVar(&o.dir, "dir", "", "where to make the directories to export (default: a fresh ext4 in memory)")
+	f.StringVar(&o.dir, "dir", "",
+		"where to make the directories to export (default: a fresh ext4 in memory)")
 	f.StringVar(&o.json, "json", "", "write the results to this `file`")
-	f.StringVar(&o.html, "html", "", "write a page with the tables and a plot of the ratios to this `file`")
-	f.StringVar(&o.record, "record", "", "don't measure: record a trace to this `file`, between QEMU and a helper")
+	f.StringVar(&o.html, "html", "",
+		"write a page with the tables and a plot of the ratios to this `file`")
+	f.StringVar(&o.record, "record", "",
+		"don't measure: record a trace to this `file`, between QEMU and a helper")
 	f.StringVar(&o.listen, "listen", "", "with --record: the `name` that QEMU connects to")
 	f.StringVar(&o.scratch, "scratch", "", "")
 	f.MarkHidden("scratch")
@@ -123,7 +159,13 @@ func parseOptions(args []string) (*options, error) {
 		return nil, fmt.Errorf("%q: there are only options", f.Arg(0))
 	}
 	if o.matrix {
-		for name, value := range map[string]string{"connections": "1,8,64", "pin": "split,shared,unpinned", "floor": "true", "sparse": "2ms,20ms", "idle": "5s"} {
+		for name, value := range map[string]string{
+			"connections": "1,8,64",
+			"pin":         "split,shared,unpinned",
+			"floor":       "true",
+			"sparse":      "2ms,20ms",
+			"idle":        "5s",
+		} {
 			if !f.Changed(name) {
 				f.Set(name, value)
 			}
@@ -161,13 +203,18 @@ func parseOptions(args []string) (*options, error) {
 			return nil, err
 		}
 	}
+	given := func(names ...string) bool { return slices.ContainsFunc(names, f.Changed) }
 	switch {
 	case o.rounds < 1 || o.chunk < 0 || o.count < 0 || o.duration < 0 || o.idle < 0 || o.hang < 0:
-		return nil, errors.New("--rounds, --chunk, --count, --duration, --idle, --hang: want positive numbers")
-	case o.table && (f.Changed("connections") || f.Changed("pin") || f.Changed("ops") || f.Changed("sparse") || o.mix != "" || o.socket != "" || o.floor || o.matrix || o.hang > 0):
-		return nil, errors.New("--table goes with --helper, --peer, --replay, --rounds, --chunk, --idle, --json, --html alone")
+		return nil, errors.New("--rounds, --chunk, --count, --duration, --idle, --hang: " +
+			"want positive numbers")
+	case o.table && (given("connections", "pin", "ops", "sparse") ||
+		o.mix != "" || o.socket != "" || o.floor || o.matrix || o.hang > 0):
+		return nil, errors.New("--table goes with --helper, --peer, --replay, --rounds, --chunk, " +
+			"--idle, --json, --html alone")
 	case o.hang > 0 && (o.socket != "" || o.replay != "" || o.mix != "" || o.floor || o.matrix):
-		return nil, errors.New("--hang goes with --peer, --ops, --sparse, --idle; not with --socket, --replay, --mix, --floor, --matrix")
+		return nil, errors.New("--hang goes with --peer, --ops, --sparse, --idle; " +
+			"not with --socket, --replay, --mix, --floor, --matrix")
 	case (o.record != "") != (o.listen != "") || o.record != "" && o.socket == "":
 		return nil, errors.New("--record, --listen and --socket go together")
 	case o.socket != "" && (o.helper != "" || o.replay != ""):
@@ -185,10 +232,10 @@ func main() {
 	}
 }
 
-// bench is main with an error, so that what is deferred happens.
+// bench is main with an error result, so that deferred calls run before exit.
 func bench() error {
 	if len(os.Args) > 1 && os.Args[1] == floorArg {
-		return serveFloor(3) // one of us has started us in a helper's place
+		return serveFloor(3) // bench has started this process in a helper's place
 	}
 	o, err := parseOptions(os.Args[1:])
 	switch {
@@ -197,8 +244,9 @@ func bench() error {
 	case err != nil:
 		return fmt.Errorf("%w; see --help", err)
 	case o.dir == "" && o.scratch == "" && o.socket == "":
-		err := enterScratch() // and here no more, unless it fails
-		fmt.Fprintln(os.Stderr, "bench: measuring in", os.TempDir(), "because there is no ext4 of our own:", err)
+		err := enterScratch() // returns only if it fails
+		fmt.Fprintln(os.Stderr,
+			"bench: measuring in", os.TempDir(), "because there is no ext4 of our own:", err)
 	case o.scratch != "":
 		o.dir = filepath.Join(o.scratch, "fs")
 		defer leaveScratch(o.scratch)
@@ -212,7 +260,7 @@ func bench() error {
 	return err
 }
 
-// run does what the options say, in a temporary directory that it removes.
+// run measures as the options say, in a temporary directory that it removes.
 func run(ctx context.Context, o *options, out io.Writer) (*report, error) {
 	at, err := placements(o.pin)
 	if err != nil {
@@ -244,7 +292,7 @@ func run(ctx context.Context, o *options, out io.Writer) (*report, error) {
 				err = errors.Join(err, runCell(ctx, o, placement, n, dir, r, tell))
 			}
 		}
-		tell.end() // what was measured is worth telling, even if something went wrong
+		tell.end() // print the results even after an error
 		r.print(out)
 	}
 	if o.json != "" {
