@@ -16,7 +16,7 @@ import (
 	"virtfs-proxy-helper/bench/helpertest"
 )
 
-// TestMain is a floor when a test has started this binary as one.
+// TestMain serves as the floor if a test has started this binary as one.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == floorArg {
 		if err := serveFloor(3); err != nil {
@@ -27,8 +27,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// smoke runs bench with the C helper in both places, and expects every answer
-// to be right.
+// smoke runs bench with the C helper as helper and as peer, and checks that every
+// answer is right.
 func smoke(t *testing.T, args ...string) *report {
 	t.Helper()
 	helpertest.C(t)
@@ -95,7 +95,7 @@ func TestGuestMix(t *testing.T) {
 	}
 }
 
-// What bench sends is recorded on its way, and replayed.
+// A trace of requests that bench has sent can be replayed.
 func TestRecordAndReplay(t *testing.T) {
 	helpertest.C(t)
 	dir := t.TempDir()
@@ -103,8 +103,11 @@ func TestRecordAndReplay(t *testing.T) {
 	if err := os.Mkdir(p.export, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	name, listen, trace := filepath.Join(dir, "helper"), filepath.Join(dir, "listen"), filepath.Join(dir, "trace.gz")
-	if err := p.exec(cHelper, []string{"-n", "-p", p.export, "-s", name, "-u", "0", "-g", "0"}, nil, anyCPU); err != nil {
+	name := filepath.Join(dir, "helper")
+	listen := filepath.Join(dir, "listen")
+	trace := filepath.Join(dir, "trace.gz")
+	args := []string{"-n", "-p", p.export, "-s", name, "-u", "0", "-g", "0"}
+	if err := p.exec(cHelper, args, nil, anyCPU); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.stop)
@@ -180,10 +183,12 @@ func TestMixture(t *testing.T) {
 	}
 }
 
-// The table has a figure in each cell, and says which operation is the worst.
+// The table has a figure in each cell, and all operations are measured.
 func TestTable(t *testing.T) {
 	helpertest.C(t)
-	o, err := parseOptions([]string{"--table", "--helper", cHelper, "--rounds", "1", "--chunk", "4", "--dir", t.TempDir()})
+	o, err := parseOptions([]string{
+		"--table", "--helper", cHelper, "--rounds", "1", "--chunk", "4", "--dir", t.TempDir(),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +225,12 @@ func TestTable(t *testing.T) {
 func TestWorst(t *testing.T) {
 	r := &report{}
 	for op, v := range map[string]number{"lstat": 0.9, "open": 1.1, "chmod": number(math.NaN())} {
-		r.Rows = append(r.Rows, row{Placement: "split", Connections: 1, Operation: op, Programs: []figures{{Ratios: &ratios{P50: v, Throughput: 1 / v}}}})
+		r.Rows = append(r.Rows, row{
+			Placement:   "split",
+			Connections: 1,
+			Operation:   op,
+			Programs:    []figures{{Ratios: &ratios{P50: v, Throughput: 1 / v}}},
+		})
 	}
 	ops := []string{"chmod", "lstat", "open"}
 	if got := r.worst("split", 1, ops, 1, func(q *ratios) number { return q.P50 }); got != "1.10 open" {

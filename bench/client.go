@@ -16,10 +16,10 @@ import (
 // request is one frame to send and the answer that is expected to it.
 type request struct {
 	frame []byte
-	op    int // whose latency it is: index into the workload's names
+	op    int // index into the workload's ops, for the latency
 	typ   codec.Type
 	errno unix.Errno
-	size  int // of a successful answer's payload; anySize if it isn't known
+	size  int // size of a successful answer's payload; anySize if unknown
 }
 
 const anySize = -1
@@ -27,20 +27,20 @@ const anySize = -1
 // client is one connection and the thread that drives it as QEMU does: see
 // package qemu. A request takes three system calls, and two readings of the
 // clock around them. Checking the answer, closing a descriptor and the loop
-// come after the second reading. Percentiles are made of the samples when the
-// chunk is over.
+// come after the second reading. Percentiles are computed from the samples at
+// the end of the chunk.
 type client struct {
 	qemu    *qemu.Client
-	cpu     int           // to run on, or anyCPU
-	stagger time.Duration // so that the requests of sparse clients don't come in bursts
+	cpu     int           // the CPU to run on, or anyCPU
+	stagger time.Duration // delay before sparse requests, so that clients don't send in bursts
 	work    chan job
 
-	began, ended int64 // of the last job, by nanotime
-	err          error // ended the connection
+	began, ended int64 // start and end of the last job, by nanotime
+	err          error // the error that ended the connection
 	wrong        int   // answers of another kind than expected
 	firstWrong   string
 
-	seen struct { // the first wrong answer, to be put in words after the job
+	seen struct { // the first wrong answer; describeWrong formats it after the job
 		req   *request
 		errno unix.Errno
 		size  int
@@ -50,12 +50,12 @@ type client struct {
 type job struct {
 	requests []request
 	pause    time.Duration // before each request
-	elapsed  []int64       // nanoseconds of each request; nil if nobody wants to know
+	elapsed  []int64       // nanoseconds of each request; nil if not needed
 	done     *sync.WaitGroup
 }
 
-// nanotime is the monotonic clock without the chance to be preempted that lies
-// in time.Since: it would fall between the answer and the second reading.
+// nanotime reads the monotonic clock. Unlike time.Since, it is no point at which
+// the goroutine can be preempted, between the answer and the second reading.
 //
 //go:linkname nanotime runtime.nanotime
 func nanotime() int64
@@ -66,8 +66,8 @@ func newClient(fd, cpu int, stagger time.Duration) *client {
 	return c
 }
 
-// loop does jobs until work is closed. Its thread is locked, and ends with it,
-// because of what is changed about it here.
+// loop does jobs until work is closed. claimThread changes attributes of the
+// thread, so loop locks it, and it ends with loop.
 func (c *client) loop() {
 	c.err = claimThread(c.cpu)
 	for j := range c.work {
@@ -118,7 +118,8 @@ func (c *client) exchange(requests []request, pause time.Duration, elapsed []int
 		if a.FD >= 0 {
 			unix.RawSyscall(unix.SYS_CLOSE, uintptr(a.FD), 0, 0)
 		}
-		if size := len(a.Payload); a.Errno != r.errno || a.Errno == 0 && r.size != anySize && size != r.size {
+		size := len(a.Payload)
+		if a.Errno != r.errno || a.Errno == 0 && r.size != anySize && size != r.size {
 			if c.wrong == 0 {
 				c.seen.req, c.seen.errno, c.seen.size = r, a.Errno, size
 			}
@@ -132,7 +133,8 @@ func (c *client) describeWrong() {
 	if r := c.seen.req; r != nil && c.firstWrong == "" {
 		var q codec.Request
 		q.Decode(r.typ, append([]byte(nil), r.frame[codec.HeaderSize:]...))
-		c.firstWrong = fmt.Sprintf("%v %q answered errno %d with %d bytes, expected errno %d with %d",
+		c.firstWrong = fmt.Sprintf("%v %q answered errno %d with %d bytes, "+
+			"expected errno %d with %d",
 			r.typ, q.Path, c.seen.errno, c.seen.size, r.errno, r.size)
 	}
 }

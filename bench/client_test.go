@@ -12,8 +12,8 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// fakeServer returns the client's end of a connection whose requests are
-// answered by what answer writes, until that returns false.
+// fakeServer returns the client's end of a connection. It calls answer for each
+// request, to write the answer, until it returns false.
 func fakeServer(t *testing.T, answer func(to *net.UnixConn) bool) (fd int) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -47,7 +47,10 @@ func TestExchange(t *testing.T) {
 	write := func(b []byte) func(*net.UnixConn) bool {
 		return func(to *net.UnixConn) bool { to.Write(b); return true }
 	}
+	enoent := codec.AppendErrno(nil, codec.Lstat, unix.ENOENT)
+	noSize := []byte("\x00\x00\x00\x00\xff\xff\xff\xff")
 	lstat := request{typ: codec.Lstat, size: codec.StatSize}
+	noEntry := request{typ: codec.Lstat, errno: unix.ENOENT}
 	open := request{typ: codec.Open}
 	for _, test := range []struct {
 		name   string
@@ -63,8 +66,8 @@ func TestExchange(t *testing.T) {
 			}
 			return true
 		}},
-		{name: "an error", req: lstat, answer: write(codec.AppendErrno(nil, codec.Lstat, unix.ENOENT)), wrong: 2},
-		{name: "an expected error", req: request{typ: codec.Lstat, errno: unix.ENOENT}, answer: write(codec.AppendErrno(nil, codec.Lstat, unix.ENOENT))},
+		{name: "an error", req: lstat, answer: write(enoent), wrong: 2},
+		{name: "an expected error", req: noEntry, answer: write(enoent)},
 		{name: "another size", req: lstat, answer: write(codec.AppendVersion(nil, 1)), wrong: 2},
 		{name: "any size", req: request{typ: codec.Lstat, size: anySize}, answer: write(codec.AppendVersion(nil, 1))},
 		{name: "a descriptor", req: open, answer: func(to *net.UnixConn) bool {
@@ -74,7 +77,7 @@ func TestExchange(t *testing.T) {
 		{name: "a descriptor that isn't there", req: open, answer: write(codec.AppendFD(nil)), wrong: 2},
 		{name: "no descriptor", req: open, answer: write(codec.AppendErrno(nil, codec.Open, unix.EACCES)), wrong: 2},
 		{name: "an end", req: lstat, answer: func(*net.UnixConn) bool { return false }, fails: true},
-		{name: "a size that is none", req: lstat, answer: write([]byte("\x00\x00\x00\x00\xff\xff\xff\xff")), fails: true},
+		{name: "a size that is none", req: lstat, answer: write(noSize), fails: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p := &program{name: "fake", clients: []*client{newClient(fakeServer(t, test.answer), anyCPU, 0)}}

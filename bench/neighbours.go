@@ -16,18 +16,18 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// What others do on the same helper while connections are measured (--hang):
+// Other connections to the same helper while connections are measured (--hang):
 //
-//	calm     they are there, and idle
+//	calm     they are idle
 //	hung     each waits for a file system that does not answer
-//	flooded  they are idle, but for one more that asks without waiting for answers
+//	flooded  they are idle, and one more sends requests without waiting for answers
 //
-// The first is what the others are compared to.
+// The others are compared to the first.
 
-// patience bounds what is not measured and has no watchdog.
+// patience bounds waits that are not measured and have no watchdog.
 const patience = 30 * time.Second
 
-// hangDir is where in its export a program has the file system that hangs.
+// hangDir is the mount point, in a program's export, of the file system that hangs.
 const hangDir = "hang"
 
 // neighbours are a program's connections that are not measured.
@@ -49,8 +49,8 @@ func (n *neighbours) mount(dir, backing string) (err error) {
 	return err
 }
 
-// hangThem has each neighbour ask for a file that never answers, and returns
-// when all hang in the file system.
+// hangThem sends a request for each neighbour to the file system that hangs, and
+// returns when all requests hang there.
 func (n *neighbours) hangThem() error {
 	for i, c := range n.clients {
 		q := codec.Request{Path: qemu.Path("//" + hangDir + "/" + strconv.Itoa(i))}
@@ -58,15 +58,18 @@ func (n *neighbours) hangThem() error {
 			return err
 		}
 	}
-	for deadline := time.Now().Add(patience); n.fs.Waiting() < len(n.clients); time.Sleep(time.Millisecond) {
+	deadline := time.Now().Add(patience)
+	for n.fs.Waiting() < len(n.clients) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%d of %d requests hang: see --workers of the helper", n.fs.Waiting(), len(n.clients))
+			return fmt.Errorf("%d of %d requests hang: see --workers of the helper",
+				n.fs.Waiting(), len(n.clients))
 		}
+		time.Sleep(time.Millisecond)
 	}
 	return nil
 }
 
-// leave releases those who hang, who must then be answered, and closes the
+// leave releases the requests that hang, checks their answers, and closes the
 // connections.
 func (n *neighbours) leave() (err error) {
 	if n.fs != nil {
@@ -74,7 +77,9 @@ func (n *neighbours) leave() (err error) {
 		err = n.fs.Close()
 		for i, c := range n.clients[:min(hung, len(n.clients))] {
 			if a, e := c.Receive(codec.Lstat); e != nil || a.Errno == 0 {
-				err = errors.Join(err, fmt.Errorf("released, request %d of %d that hung is answered %x, %v", i, hung, a.Raw, e))
+				err = errors.Join(err, fmt.Errorf(
+					"released, request %d of %d that hung is answered %x, %v",
+					i, hung, a.Raw, e))
 				break
 			}
 		}
@@ -94,18 +99,19 @@ func (n *neighbours) leave() (err error) {
 type flood struct {
 	fd, cpu  int
 	stopping atomic.Bool
-	total    atomic.Int64 // requests sent, once the last are about to be; else 0
-	ended    chan error   // one of each thread
+	total    atomic.Int64 // number of requests, set before the last batch is sent; else 0
+	ended    chan error   // receives the result of each thread
 
-	answered float64 // requests, and the seconds that they took, of all floods
-	seconds  float64
+	answered float64 // requests answered in all floods
+	seconds  float64 // duration of all floods
 	began    time.Time
 }
 
 const floodBatch = 64
 
 func (f *flood) start() {
-	unix.SetsockoptTimeval(f.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience.Seconds())})
+	timeout := unix.Timeval{Sec: int64(patience.Seconds())}
+	unix.SetsockoptTimeval(f.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout)
 	f.stopping.Store(false)
 	f.total.Store(0)
 	f.ended = make(chan error, 2)
@@ -118,7 +124,7 @@ func (f *flood) start() {
 	go func() { f.ended <- f.receive() }()
 }
 
-// send ends with a batch of which receive knows that it is the last.
+// send sends batches until stop is called. It sets total before the last one.
 func (f *flood) send(frames []byte) error {
 	if err := claimThread(f.cpu); err != nil {
 		return err
@@ -160,11 +166,12 @@ func (f *flood) receive() error {
 		bytes += int64(n)
 		if total := f.total.Load(); total > 0 && bytes >= total*size {
 			f.answered += float64(total)
-			// An answer too many would follow at once.
+			// A surplus answer would follow at once.
 			surplus := []unix.PollFd{{Fd: int32(f.fd), Events: unix.POLLIN}}
 			unix.Poll(surplus, 50)
 			if bytes > total*size || surplus[0].Revents != 0 {
-				return fmt.Errorf("%d requests are answered with more than %d bytes", total, total*size)
+				return fmt.Errorf("%d requests are answered with more than %d bytes",
+					total, total*size)
 			}
 			return nil
 		}
@@ -179,11 +186,11 @@ func (f *flood) stop() error {
 	return err
 }
 
-// connects is a chunk of new clients, one after the other: the time that each
-// takes from connecting to its first answer.
+// connects measures a chunk of n new clients, one after the other: the time of
+// each from connect(2) to its first answer.
 func (c *cell) connects(p *program, n int) (wall, cpu float64, elapsed []int64, err error) {
 	done := make(chan struct{})
-	go func() { // on a thread that ends
+	go func() { // on a thread that ends with it
 		defer close(done)
 		if err = claimThread(c.at.client); err != nil {
 			return

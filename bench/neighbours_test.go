@@ -15,7 +15,10 @@ import (
 func TestNeighbours(t *testing.T) {
 	helpertest.C(t)
 	helpertest.NeedFUSE(t)
-	o, err := parseOptions([]string{"--hang", "5", "--peer", "--rounds", "2", "--chunk", "10", "--connections", "2", "--pin", "shared", "--dir", t.TempDir()})
+	o, err := parseOptions([]string{
+		"--hang", "5", "--peer", "--rounds", "2", "--chunk", "10",
+		"--connections", "2", "--pin", "shared", "--dir", t.TempDir(),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -23,14 +26,21 @@ func TestNeighbours(t *testing.T) {
 	if err != nil || len(r.Notes) > 0 {
 		t.Fatal(err, r.Notes)
 	}
-	want := map[string]int{"lstat": 5, "open": 5, "connect": 3} // programs: the C helper accepts nobody new
+	// The number of programs. The C helper accepts no new connections.
+	want := map[string]int{"lstat": 5, "open": 5, "connect": 3}
+	comparedTo := map[string]string{"hung": "calm", "flooded": "calm", "peer flooded": "peer"}
 	for _, row := range r.Rows {
 		if len(row.Programs) != want[row.Operation] {
 			t.Errorf("%s: %d programs", row.Operation, len(row.Programs))
 		}
+		requests := int64(40)
+		if row.Operation == "connect" {
+			requests = 20
+		}
 		for _, f := range row.Programs {
-			against := map[string]string{"hung": "calm", "flooded": "calm", "peer flooded": "peer"}[f.Program]
-			if f.Requests != map[bool]int64{true: 20, false: 40}[row.Operation == "connect"] || f.Wrong > 0 || f.Against != against || (f.Ratios == nil) != (against == "") {
+			against := comparedTo[f.Program]
+			if f.Requests != requests || f.Wrong > 0 ||
+				f.Against != against || (f.Ratios == nil) != (against == "") {
 				t.Errorf("%s, %s: %+v", row.Operation, f.Program, f)
 			}
 		}

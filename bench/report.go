@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// number is a figure; NaN, which JSON does not know, becomes null.
+// number is a figure. NaN becomes null in JSON.
 type number float64
 
 func (n number) MarshalJSON() ([]byte, error) {
@@ -29,7 +29,7 @@ func (n number) text(format string) string {
 	return fmt.Sprintf(format, float64(n))
 }
 
-// report is everything that a run has found; it is what --json writes.
+// report holds the results of a run, as --json writes them.
 type report struct {
 	Command []string    `json:"command"`
 	Kernel  string      `json:"kernel"`
@@ -40,7 +40,7 @@ type report struct {
 	Notes   []string    `json:"notes,omitempty"`
 }
 
-// row is one operation in one cell.
+// row holds the results of one operation in one cell.
 type row struct {
 	Placement   string    `json:"placement"`
 	Connections int       `json:"connections"`
@@ -49,22 +49,29 @@ type row struct {
 	Programs    []figures `json:"programs"`
 }
 
-// figures is what one program made of it. Times are in microseconds.
+// sameCell reports whether both rows have the same placement and number of
+// connections.
+func (r *row) sameCell(other *row) bool {
+	return r.Placement == other.Placement && r.Connections == other.Connections
+}
+
+// figures holds the results of one program in a row. Times are in microseconds.
 type figures struct {
-	Program      string       `json:"program"`
-	Requests     int64        `json:"requests"`
-	Wrong        int          `json:"wrong"` // answers of another kind than expected, in the whole workload
+	Program  string `json:"program"`
+	Requests int64  `json:"requests"`
+	// Wrong counts answers of another kind than expected, in the whole workload.
+	Wrong        int          `json:"wrong"`
 	P50          number       `json:"p50_us"`
 	P99          number       `json:"p99_us"`
 	P999         number       `json:"p99.9_us"`
 	Throughput   number       `json:"requests_per_second"`
 	CPU          number       `json:"cpu_us_per_request"`
-	Against      string       `json:"against,omitempty"` // the program that ratios are to
+	Against      string       `json:"against,omitempty"` // the program that Ratios compare to
 	Ratios       *ratios      `json:"ratios,omitempty"`
 	Distribution [][2]float64 `json:"distribution"` // percent, microseconds
 }
 
-// idle is what a program cost while nothing happened.
+// idle holds the cost of a program while no request comes.
 type idle struct {
 	Placement     string `json:"placement"`
 	Connections   int    `json:"connections"`
@@ -78,7 +85,7 @@ type idle struct {
 	PerConnection number `json:"pss_kib_per_further_connection"`
 }
 
-// floodRate is how fast a connection was answered that asks without waiting
+// floodRate is the throughput of a connection that sends requests without waiting
 // for answers.
 type floodRate struct {
 	Placement   string `json:"placement"`
@@ -106,10 +113,12 @@ func newFigures(program string, s *series, wrong int) figures {
 	return f
 }
 
-// note tells of n wrong answers, if there are any.
+// note adds a note about n wrong answers, if there are any.
 func (r *report) note(n int, program, workload, first string) {
 	if n > 0 {
-		r.Notes = append(r.Notes, fmt.Sprintf("%s: %s: %d answers of another kind than expected; the first ever: %s", program, workload, n, first))
+		r.Notes = append(r.Notes, fmt.Sprintf(
+			"%s: %s: %d answers of another kind than expected; the first ever: %s",
+			program, workload, n, first))
 	}
 }
 
@@ -117,16 +126,34 @@ func (r *report) note(n int, program, workload, first string) {
 func (r *report) print(out io.Writer) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	for i, row := range r.Rows {
-		if i == 0 || row.Placement != r.Rows[i-1].Placement || row.Connections != r.Rows[i-1].Connections {
+		if i == 0 || !row.sameCell(&r.Rows[i-1]) {
 			w.Flush()
-			fmt.Fprintf(out, "\nplacement %s, connections %d; µs, and the median of the ratios to a neighbouring chunk (all: ratio of p99 of all chunks)\n", row.Placement, row.Connections)
-			fmt.Fprint(w, "operation\tprogram\trequests\twrong\tp50\tp99\tp99.9\treq/s\tcpu/req\t|\tto\tp50\tp99\tall\treq/s\tcpu\tpairs\t\n")
+			fmt.Fprintf(out, "\nplacement %s, connections %d; µs, and the median of the ratios "+
+				"to a neighbouring chunk (all: ratio of p99 of all chunks)\n",
+				row.Placement, row.Connections)
+			fmt.Fprint(w, "operation\tprogram\trequests\twrong\t"+
+				"p50\tp99\tp99.9\treq/s\tcpu/req\t|\tto\tp50\tp99\tall\treq/s\tcpu\tpairs\t\n")
 		}
 		for _, f := range row.Programs {
-			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t|\t", row.Operation, f.Program, f.Requests, f.Wrong,
-				f.P50.text("%.1f"), f.P99.text("%.1f"), f.P999.text("%.1f"), f.Throughput.text("%.0f"), f.CPU.text("%.2f"))
+			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t|\t",
+				row.Operation,
+				f.Program,
+				f.Requests,
+				f.Wrong,
+				f.P50.text("%.1f"),
+				f.P99.text("%.1f"),
+				f.P999.text("%.1f"),
+				f.Throughput.text("%.0f"),
+				f.CPU.text("%.2f"))
 			if q := f.Ratios; q != nil {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t\n", f.Against, q.P50.text("%.2f"), q.P99.text("%.2f"), q.P99All.text("%.2f"), q.Throughput.text("%.2f"), q.CPU.text("%.2f"), q.Pairs)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t\n",
+					f.Against,
+					q.P50.text("%.2f"),
+					q.P99.text("%.2f"),
+					q.P99All.text("%.2f"),
+					q.Throughput.text("%.2f"),
+					q.CPU.text("%.2f"),
+					q.Pairs)
 			} else {
 				fmt.Fprint(w, "\t\t\t\t\t\t\t\n")
 			}
@@ -134,16 +161,28 @@ func (r *report) print(out io.Writer) {
 	}
 	w.Flush()
 	if len(r.Idle) > 0 {
-		fmt.Fprint(out, "\nidle, from a second after the last request; KiB: PSS counts what processes share once, and memory files whole\n")
-		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tthreads\tcpu ms/s\tRSS\tpage tables\tPSS\tper further connection\t\n")
+		fmt.Fprint(out, "\nidle, from a second after the last request; "+
+			"KiB: PSS counts what processes share once, and memory files whole\n")
+		fmt.Fprint(w, "placement\tconnections\tprogram\tprocesses\tthreads\t"+
+			"cpu ms/s\tRSS\tpage tables\tPSS\tper further connection\t\n")
 		for _, i := range r.Idle {
-			fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t\n", i.Placement, i.Connections, i.Program, i.Processes, i.Threads,
-				i.CPU.text("%.3f"), i.RSS.text("%.0f"), i.PageTables.text("%.0f"), i.PSS.text("%.0f"), i.PerConnection.text("%.1f"))
+			fmt.Fprintf(w, "%s\t%d\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t\n",
+				i.Placement,
+				i.Connections,
+				i.Program,
+				i.Processes,
+				i.Threads,
+				i.CPU.text("%.3f"),
+				i.RSS.text("%.0f"),
+				i.PageTables.text("%.0f"),
+				i.PSS.text("%.0f"),
+				i.PerConnection.text("%.1f"))
 		}
 		w.Flush()
 	}
 	for _, f := range r.Floods {
-		fmt.Fprintf(out, "placement %s, connections %d, %s: meanwhile the connection that floods was answered %s requests a second\n",
+		fmt.Fprintf(out, "placement %s, connections %d, %s: "+
+			"meanwhile the connection that floods was answered %s requests a second\n",
 			f.Placement, f.Connections, f.Program, f.Throughput.text("%.0f"))
 	}
 	for _, note := range r.Notes {
@@ -159,7 +198,7 @@ func (r *report) writeJSON(name string) error {
 	return os.WriteFile(name, append(text, '\n'), 0o644)
 }
 
-// progress tells on stderr what is going on, from two seconds after the start.
+// progress prints the current step on stderr, from two seconds after the start.
 type progress struct {
 	start, last time.Time
 	terminal    bool

@@ -17,8 +17,8 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-// warmUp is how many unmeasured requests a connection sends before each chunk:
-// the other program has just had the caches.
+// warmUp is the number of unmeasured requests on each connection before a chunk:
+// the caches hold the data of the previous program.
 const warmUp = 32
 
 // cell is one placement and number of connections, measured on fresh
@@ -30,12 +30,22 @@ type cell struct {
 	dir     string // for exports and sockets
 	report  *report
 	tell    *progress
-	running []*program // ours, then the peer and the floor if there are
+	running []*program // ours, then the peer and the floor, if any
 }
 
 // runCell measures n connections at a placement, unless ctx is done.
-func runCell(ctx context.Context, o *options, at placement, n int, dir string, r *report, tell *progress) error {
-	c := cell{opts: o, at: at, conns: n, report: r, tell: tell, dir: filepath.Join(dir, fmt.Sprintf("%s-%d", at.name, n))}
+func runCell(
+	ctx context.Context, o *options, at placement, n int,
+	dir string, r *report, tell *progress,
+) error {
+	c := cell{
+		opts:   o,
+		at:     at,
+		conns:  n,
+		dir:    filepath.Join(dir, fmt.Sprintf("%s-%d", at.name, n)),
+		report: r,
+		tell:   tell,
+	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -45,21 +55,28 @@ func runCell(ctx context.Context, o *options, at placement, n int, dir string, r
 	return c.run(ctx)
 }
 
-// run measures one cell and adds what it finds to the report.
+// run measures one cell and adds the results to the report.
 func (c *cell) run(ctx context.Context) (err error) {
-	runtime.GOMAXPROCS(c.conns + 6) // clients hold theirs while they block
-	debug.SetGCPercent(-1)          // collected by hand, between chunks
+	runtime.GOMAXPROCS(c.conns + 6) // a client occupies a processor even while it blocks
+	debug.SetGCPercent(-1)          // measure collects garbage between chunks
 	dirs := make([]string, c.conns)
 	for i := range dirs {
 		dirs[i] = fmt.Sprintf("//bench-%d-%02d", os.Getpid(), i)
 	}
+	setup := func(i int) []request { up, _ := fixtures(dirs[i]); return up }
+	teardown := func(i int) []request { _, down := fixtures(dirs[i]); return down }
 	defer func() {
 		for _, p := range c.running {
 			if !p.isFloor && err == nil && c.opts.replay == "" {
-				_, _, err = p.exchange(func(i int) []request { _, down := fixtures(dirs[i]); return down }, 0, false)
+				_, _, err = p.exchange(teardown, 0, false)
 			}
 			if f := p.others.flood; f != nil && f.seconds > 0 {
-				c.report.Floods = append(c.report.Floods, floodRate{c.at.name, c.conns, p.name, number(f.answered / f.seconds)})
+				c.report.Floods = append(c.report.Floods, floodRate{
+					Placement:   c.at.name,
+					Connections: c.conns,
+					Program:     p.name,
+					Throughput:  number(f.answered / f.seconds),
+				})
 			}
 			err = errors.Join(err, p.others.leave())
 			p.stop()
@@ -77,7 +94,7 @@ func (c *cell) run(ctx context.Context) (err error) {
 		if p.isFloor || c.opts.replay != "" {
 			continue
 		}
-		if _, _, err := p.exchange(func(i int) []request { up, _ := fixtures(dirs[i]); return up }, 0, false); err != nil {
+		if _, _, err := p.exchange(setup, 0, false); err != nil {
 			return err
 		}
 		if n, first := p.wrong(); n > 0 {
@@ -99,13 +116,20 @@ func (c *cell) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// launches lists what to start, ours first.
+// launches lists the programs to start, ours first.
 func (c *cell) launches() (list []launch) {
 	o := c.opts
 	add := func(name, path string, perClient bool, args ...string) *launch {
 		export := filepath.Join(c.dir, strings.ReplaceAll(name, " ", "-"))
-		list = append(list, launch{name: name, path: path, args: args, perClient: perClient,
-			export: export, connections: c.conns, at: c.at})
+		list = append(list, launch{
+			name:        name,
+			path:        path,
+			args:        args,
+			perClient:   perClient,
+			export:      export,
+			connections: c.conns,
+			at:          c.at,
+		})
 		return &list[len(list)-1]
 	}
 	if o.hang > 0 {
@@ -126,7 +150,13 @@ func (c *cell) launches() (list []launch) {
 		against = "peer"
 	}
 	if o.socket != "" {
-		list = append(list, launch{name: "ours", socket: o.socket, connections: c.conns, at: c.at, against: against})
+		list = append(list, launch{
+			name:        "ours",
+			socket:      o.socket,
+			connections: c.conns,
+			at:          c.at,
+			against:     against,
+		})
 	} else {
 		add("ours", o.helper, o.helper == o.peer || o.helper == cHelper).against = against
 	}
@@ -140,7 +170,7 @@ func (c *cell) launches() (list []launch) {
 	return list
 }
 
-// workloads lists what to measure.
+// workloads lists the workloads to measure.
 func (c *cell) workloads(dirs []string) (list []workload, err error) {
 	o := c.opts
 	size, rounds := o.chunk, 0
@@ -171,7 +201,12 @@ func (c *cell) workloads(dirs []string) (list []workload, err error) {
 		list = append(list, w)
 	}
 	if o.hang > 0 {
-		list = append(list, workload{name: "connect", ops: []string{"connect"}, connects: min(size, 64), rounds: rounds})
+		list = append(list, workload{
+			name:     "connect",
+			ops:      []string{"connect"},
+			connects: min(size, 64),
+			rounds:   rounds,
+		})
 	}
 	for _, pause := range o.sparse {
 		w := mixture(sparseName(pause), []weighted{{0, 1}}, 24, dirs, o.seed)
@@ -183,7 +218,7 @@ func (c *cell) workloads(dirs []string) (list []workload, err error) {
 
 func sparseName(pause time.Duration) string { return fmt.Sprintf("lstat every %v", pause) }
 
-// more tells whether a workload needs another round.
+// more reports whether a workload needs another round.
 func (c *cell) more(w *workload, round int, since time.Time) bool {
 	switch o := c.opts; {
 	case w.rounds > 0:
@@ -195,8 +230,8 @@ func (c *cell) more(w *workload, round int, since time.Time) bool {
 	}
 }
 
-// measure has the programs take turns in the same chunks of the workload, and
-// reports what each made of them. Who begins changes from round to round.
+// measure lets the programs take turns in the same chunks of the workload, and
+// reports the results. The order of the programs alternates from round to round.
 func (c *cell) measure(ctx context.Context, w *workload) error {
 	var running []*program
 	for _, p := range c.running {
@@ -238,7 +273,8 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			c.tell.say("%s, %d connections, %s: round %d, %s", c.at.name, c.conns, w.name, round+1, p.name)
+			c.tell.say("%s, %d connections, %s: round %d, %s",
+				c.at.name, c.conns, w.name, round+1, p.name)
 			if w.pass > 0 && round%w.pass == 0 {
 				if err := w.before(p); err != nil {
 					return err
@@ -269,16 +305,20 @@ func (c *cell) measure(ctx context.Context, w *workload) error {
 		wrong[p] = n - wrong[p]
 		c.report.note(wrong[p], p.name, w.name, first)
 		if now := proc.Descendants(p.roots); !slices.Equal(now, p.pids) {
-			c.report.Notes = append(c.report.Notes, fmt.Sprintf("%s: %s: the CPU time is not all: there were processes %v, now there are %v", p.name, w.name, p.pids, now))
+			c.report.Notes = append(c.report.Notes, fmt.Sprintf(
+				"%s: %s: the CPU time is not all: there were processes %v, now there are %v",
+				p.name, w.name, p.pids, now))
 		}
 	}
 	c.conclude(w, running, results, wrong)
 	return nil
 }
 
-// conclude adds a row to the report for each operation of the workload and,
-// where there are several, one for all of them.
-func (c *cell) conclude(w *workload, running []*program, results map[*program][]*series, wrong map[*program]int) {
+// conclude adds a row to the report for each operation of the workload and, if
+// there are several, one for all of them.
+func (c *cell) conclude(
+	w *workload, running []*program, results map[*program][]*series, wrong map[*program]int,
+) {
 	names := append(slices.Clone(w.ops), w.name)
 	for op, name := range names {
 		if len(w.ops) == 1 && op == 0 || results[running[0]][op].latency.TotalCount() == 0 {
@@ -287,8 +327,10 @@ func (c *cell) conclude(w *workload, running []*program, results map[*program][]
 		row := row{Placement: c.at.name, Connections: c.conns, Workload: w.name, Operation: name}
 		for _, p := range running {
 			f := newFigures(p.name, results[p][op], wrong[p])
-			if i := slices.IndexFunc(running, func(q *program) bool { return q.name == p.against }); i >= 0 {
-				f.Against, f.Ratios = p.against, compare(results[p][op], results[running[i]][op])
+			isPeer := func(q *program) bool { return q.name == p.against }
+			if i := slices.IndexFunc(running, isPeer); i >= 0 {
+				f.Against = p.against
+				f.Ratios = compare(results[p][op], results[running[i]][op])
 			}
 			row.Programs = append(row.Programs, f)
 		}
@@ -296,17 +338,20 @@ func (c *cell) conclude(w *workload, running []*program, results map[*program][]
 	}
 }
 
-// turn is one program's chunk: what it needs beforehand, what is measured, and
-// what has to be cleared up after it. It returns the duration, the CPU time of
-// the processes and each client's latencies, all in nanoseconds.
-func (c *cell) turn(p *program, w *workload, batches []batch) (wall, cpu float64, elapsed [][]int64, err error) {
+// turn runs a chunk on one program: the requests before, those that are measured,
+// and those after. It returns the duration, the CPU time of the processes and each
+// client's latencies, all in nanoseconds.
+func (c *cell) turn(
+	p *program, w *workload, batches []batch,
+) (wall, cpu float64, elapsed [][]int64, err error) {
 	if f := p.others.flood; f != nil {
 		f.start()
 		defer func() {
 			if e := f.stop(); e != nil {
-				err = errors.Join(err, fmt.Errorf("%s, the connection that floods: %w%s", p.name, e, p.said()))
+				e = fmt.Errorf("%s, the connection that floods: %w%s", p.name, e, p.said())
+				err = errors.Join(err, e)
 			}
-			cpu = math.NaN() // the flood's, too
+			cpu = math.NaN() // it includes that of the flood
 		}()
 	}
 	if w.connects > 0 {
@@ -322,7 +367,7 @@ func (c *cell) turn(p *program, w *workload, batches []batch) (wall, cpu float64
 		return append(slices.Repeat(touchRoot, warmUp), batches[i].before...)
 	}
 	after := func(i int) []request { return batches[i].after }
-	if p.isFloor { // whose answers are those of LSTAT, whatever is asked
+	if p.isFloor { // it answers every request as an LSTAT
 		before = func(int) []request { return slices.Repeat(touchRoot, warmUp) }
 		after = func(int) []request { return nil }
 	}
@@ -341,8 +386,8 @@ func (c *cell) turn(p *program, w *workload, batches []batch) (wall, cpu float64
 	return
 }
 
-// settle waits until servers have stopped polling for the next request and
-// wait for it, so that proc.CPUTime knows all that they have used.
+// settle waits until servers have stopped polling for the next request and sleep,
+// so that proc.CPUTime includes all the time that they have used.
 func settle() { time.Sleep(500 * time.Microsecond) }
 
 var touchRoot = []request{{
@@ -350,8 +395,8 @@ var touchRoot = []request{{
 	typ:   codec.Lstat, size: codec.StatSize,
 }}
 
-// rest measures what the programs cost while no request comes, after they have
-// been used. It begins a second after the last request.
+// rest measures the cost of the programs while no request comes. It begins a
+// second after the last request.
 func (c *cell) rest(ctx context.Context) error {
 	c.tell.say("%s, %d connections: idle for %v", c.at.name, c.conns, c.opts.idle)
 	sleep := func(d time.Duration) {
@@ -374,10 +419,17 @@ func (c *cell) rest(ctx context.Context) error {
 		cpu := proc.CPUTime(p.pids) - before[p]
 		m := proc.MemoryOf(p.pids)
 		c.report.Idle = append(c.report.Idle, idle{
-			Placement: c.at.name, Connections: c.conns, Program: p.name, Processes: len(p.pids), Threads: m.Threads,
-			CPU: number(cpu / 1e6 / c.opts.idle.Seconds()),
-			RSS: number(m.RSS / 1024), PSS: number(m.PSS / 1024), PageTables: number(m.PageTables / 1024),
-			PerConnection: number((m.PSS - p.first) / 1024 / float64(c.conns-1)), // not a number for one
+			Placement:   c.at.name,
+			Connections: c.conns,
+			Program:     p.name,
+			Processes:   len(p.pids),
+			Threads:     m.Threads,
+			CPU:         number(cpu / 1e6 / c.opts.idle.Seconds()),
+			RSS:         number(m.RSS / 1024),
+			PSS:         number(m.PSS / 1024),
+			PageTables:  number(m.PageTables / 1024),
+			// Not a finite number for one connection.
+			PerConnection: number((m.PSS - p.first) / 1024 / float64(c.conns-1)),
 		})
 	}
 	return ctx.Err()

@@ -32,23 +32,23 @@ func needHelper(path string) error {
 	return nil
 }
 
-// program is one of the things that are compared: the processes that serve,
-// and the clients of their connections.
+// program is one of the programs that are compared: its processes, and the
+// clients of their connections.
 type program struct {
 	name    string
 	export  string // the directory that it serves, if bench has made it; export.log is its stderr
-	roots   []int  // process ids of what was started, or found behind a socket
-	pids    []int  // of all serving processes: those and their descendants
+	roots   []int  // process ids of the started processes, or of the peer of a socket
+	pids    []int  // process ids of roots and their descendants
 	cmds    []*exec.Cmd
 	clients []*client
 	others  neighbours
-	socket  string // that it listens on, if it does
+	socket  string // the name that it listens on, "" if none
 	against string // the program that it is compared to
 	isFloor bool
 	first   float64 // bytes of memory with one connection, after some traffic
 }
 
-// launch is how a program gets its processes and connections.
+// launch describes the processes and connections of a program.
 type launch struct {
 	name        string
 	path        string   // of the binary; empty to connect to socket
@@ -59,17 +59,17 @@ type launch struct {
 	connections int
 	at          placement
 	against     string
-	neighbours  int  // connections beside those, that are not measured
-	hang        bool // have them hang
-	flood       bool // and one more that floods
+	neighbours  int  // number of further connections, which are not measured
+	hang        bool // requests of the neighbours hang
+	flood       bool // one more connection floods
 }
 
-// start runs what l says and connects to it. The program is to be stopped even
-// if start fails.
+// start starts the processes of l and connects to them. The caller stops the
+// program, even if start fails.
 func start(l launch) (p *program, err error) {
 	p = &program{name: l.name, export: l.export, against: l.against}
 	connect := func(fd int) {
-		if len(p.clients) == l.connections { // those are complete
+		if len(p.clients) == l.connections { // all but the flood are connected
 			p.others.flood = &flood{fd: fd, cpu: l.at.client}
 			return
 		}
@@ -82,7 +82,8 @@ func start(l launch) (p *program, err error) {
 		}
 	}
 	if l.hang {
-		if err := p.others.mount(filepath.Join(l.export, hangDir), l.export+".backing"); err != nil {
+		err := p.others.mount(filepath.Join(l.export, hangDir), l.export+".backing")
+		if err != nil {
 			return p, err
 		}
 	}
@@ -101,7 +102,8 @@ func start(l launch) (p *program, err error) {
 			}
 			theirs := os.NewFile(uintptr(fds[1]), "helper's end")
 			connect(fds[0])
-			err = p.exec(l.path, append(l.args, "-n", "-p", l.export, "-f", "3"), theirs, l.at.server)
+			args := append(l.args, "-n", "-p", l.export, "-f", "3")
+			err = p.exec(l.path, args, theirs, l.at.server)
 			theirs.Close()
 			if err != nil {
 				return p, err
@@ -114,7 +116,8 @@ func start(l launch) (p *program, err error) {
 	default:
 		socket = l.export + ".socket"
 		p.socket = socket
-		if err := p.exec(l.path, append(l.args, "-n", "-p", l.export, "-s", socket, "-u", "0", "-g", "0"), nil, l.at.server); err != nil {
+		args := append(l.args, "-n", "-p", l.export, "-s", socket, "-u", "0", "-g", "0")
+		if err := p.exec(l.path, args, nil, l.at.server); err != nil {
 			return p, err
 		}
 	}
@@ -150,7 +153,7 @@ func start(l launch) (p *program, err error) {
 	return p, nil
 }
 
-// weighFirst finds p.first when there is one connection.
+// weighFirst sets p.first when there is one connection.
 func (p *program) weighFirst() error {
 	if len(p.clients) != 1 {
 		return nil
@@ -161,7 +164,7 @@ func (p *program) weighFirst() error {
 }
 
 // exec starts a process that has file, if not nil, as descriptor 3. All its
-// threads, and its children, inherit the CPU that it starts on.
+// threads, and its children, inherit its CPU.
 func (p *program) exec(path string, args []string, file *os.File, cpu int) error {
 	cmd := exec.Command(path, args...)
 	log, err := os.OpenFile(p.export+".log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -170,7 +173,7 @@ func (p *program) exec(path string, args []string, file *os.File, cpu int) error
 	}
 	defer log.Close()
 	cmd.Stderr = log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // nothing outlives us
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // it does not outlive bench
 	if file != nil {
 		cmd.ExtraFiles = []*os.File{file}
 	}
@@ -194,8 +197,8 @@ func (p *program) exec(path string, args []string, file *os.File, cpu int) error
 	return nil
 }
 
-// starter runs functions on a thread that never ends: what Pdeathsig waits for
-// is the death of the thread that has started the process.
+// starter runs functions on a thread that never ends: the kernel sends Pdeathsig
+// when the thread that has started the process ends.
 var starter = sync.OnceValue(func() chan<- func() {
 	work := make(chan func())
 	go func() {
@@ -207,7 +210,7 @@ var starter = sync.OnceValue(func() chan<- func() {
 	return work
 })
 
-// dial connects to a name that may appear only in a moment.
+// dial connects to a name. It waits until a program listens there, up to patience.
 func dial(name string, patience time.Duration) (fd int, err error) {
 	fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -225,7 +228,7 @@ func dial(name string, patience time.Duration) (fd int, err error) {
 	}
 }
 
-// said returns the last of what the processes wrote on stderr, for an error
+// said returns the last lines that the processes wrote on stderr, for an error
 // message.
 func (p *program) said() string {
 	text, _ := os.ReadFile(p.export + ".log")
@@ -252,10 +255,12 @@ func (p *program) stop() {
 	}
 }
 
-// exchange has every client i send requests(i), and returns once all are
-// answered: with the time from the first request to the last answer, and the
-// latencies of each client if timed.
-func (p *program) exchange(requests func(i int) []request, pause time.Duration, timed bool) (wall float64, elapsed [][]int64, err error) {
+// exchange sends requests(i) on every client i, and returns when all are answered.
+// It returns the time from the first request to the last answer and, if timed,
+// the latencies of each client, in nanoseconds.
+func (p *program) exchange(
+	requests func(i int) []request, pause time.Duration, timed bool,
+) (wall float64, elapsed [][]int64, err error) {
 	var done sync.WaitGroup
 	elapsed = make([][]int64, len(p.clients))
 	jobs := make([]job, len(p.clients))
@@ -268,7 +273,7 @@ func (p *program) exchange(requests func(i int) []request, pause time.Duration, 
 		}
 		longest = max(longest, time.Duration(len(jobs[i].requests))*pause)
 	}
-	// A client blocks in reads that know no time limit.
+	// A client blocks in reads without a time limit.
 	var late atomic.Bool
 	watchdog := time.AfterFunc(longest+30*time.Second, func() {
 		late.Store(true)
@@ -297,8 +302,8 @@ func (p *program) exchange(requests func(i int) []request, pause time.Duration, 
 	return float64(ended - began), elapsed, nil
 }
 
-// wrong returns how many answers were of another kind than expected, and what
-// the first of them was.
+// wrong returns the number of answers of another kind than expected, and a
+// description of the first of them.
 func (p *program) wrong() (n int, first string) {
 	for _, c := range p.clients {
 		n += c.wrong

@@ -7,19 +7,19 @@ import (
 	"github.com/HdrHistogram/hdrhistogram-go"
 )
 
-// chunk is what one program made of one chunk of an operation's requests.
-// Times are in nanoseconds.
+// chunk holds the measurements of one chunk of an operation's requests on one
+// program. Times are in nanoseconds.
 type chunk struct {
 	p50, p99   float64
 	throughput float64 // requests a second, of all connections
-	cpu        float64 // of the serving processes, per request; NaN if it can't be told
+	cpu        float64 // CPU time of the serving processes per request; NaN if unknown
 }
 
-// series is all that was measured of an operation on one program.
+// series holds all measurements of an operation on one program.
 type series struct {
 	chunks    []chunk
 	latency   *hdrhistogram.Histogram
-	wall, cpu float64 // sums, in nanoseconds; cpu is NaN if it can't be told
+	wall, cpu float64 // sums, in nanoseconds; cpu is NaN if unknown
 }
 
 func newSeries() *series {
@@ -27,8 +27,8 @@ func newSeries() *series {
 	return &series{latency: hdrhistogram.New(100, 100_000_000_000, 3)}
 }
 
-// add takes the latencies of a chunk, in any order, its duration and the CPU
-// time that it cost.
+// add adds a chunk: its latencies, in any order, its duration and its CPU time.
+// It sorts latencies.
 func (s *series) add(latencies []int64, wall, cpu float64) {
 	slices.Sort(latencies)
 	for _, v := range latencies {
@@ -43,7 +43,7 @@ func (s *series) add(latencies []int64, wall, cpu float64) {
 	})
 }
 
-// percentileOf is percentile, or NaN if there are too few values to say so.
+// percentileOf is percentile, or NaN if there are fewer than atLeast values.
 func percentileOf(sorted []int64, p float64, atLeast int) float64 {
 	if len(sorted) < atLeast {
 		return math.NaN()
@@ -73,7 +73,8 @@ func median(values []float64) float64 {
 
 // medianInterval returns the 95 % confidence interval of the median of sorted
 // values, whatever their distribution: the values whose ranks are 0.98 sqrt(n)
-// from the middle. Fewer than 6 values do not give so much; then it is all of them.
+// from the middle. Fewer than 6 values are too few; the interval is then all of
+// them.
 func medianInterval(sorted []float64) (low, high float64) {
 	n := len(sorted)
 	if n == 0 {
@@ -88,10 +89,10 @@ func medianInterval(sorted []float64) (low, high float64) {
 // of chunks that ran in the same round, one right after the other, so that a
 // machine whose speed drifts slows down both sides of each.
 //
-// That median does not see what happens in fewer than half of the chunks,
-// which the 99th percentile is about, too: a pause once a second, for example.
-// So there is another ratio, of the percentiles of all chunks together. It
-// sees such things, and others who had the machine for a moment as well.
+// That median does not show events in fewer than half of the chunks, such as a
+// pause once a second, which matter for the 99th percentile. So P99All is the
+// ratio of the percentiles of all chunks together. It shows such events, but also
+// the load of other processes on the machine.
 type ratios struct {
 	P50        number `json:"p50"`
 	P50Low     number `json:"p50_low"` // 95 % confidence interval of P50
@@ -100,7 +101,7 @@ type ratios struct {
 	P99All     number `json:"p99_all"`
 	Throughput number `json:"throughput"`
 	CPU        number `json:"cpu"`
-	Pairs      int    `json:"pairs"` // the fewest that one of the medians is of
+	Pairs      int    `json:"pairs"` // the smallest number of chunk pairs of a median
 }
 
 func compare(s, peer *series) *ratios {
@@ -108,7 +109,8 @@ func compare(s, peer *series) *ratios {
 	of := func(field func(chunk) float64) (middle, low, high number) {
 		var r []float64
 		for i := range min(len(s.chunks), len(peer.chunks)) {
-			if v := field(s.chunks[i]) / field(peer.chunks[i]); !math.IsNaN(v) && !math.IsInf(v, 0) {
+			v := field(s.chunks[i]) / field(peer.chunks[i])
+			if !math.IsNaN(v) && !math.IsInf(v, 0) {
 				r = append(r, v)
 			}
 		}
@@ -125,7 +127,8 @@ func compare(s, peer *series) *ratios {
 	q.CPU, _, _ = of(func(c chunk) float64 { return c.cpu })
 	q.P99All = number(math.NaN())
 	if min(s.latency.TotalCount(), peer.latency.TotalCount()) >= 100 {
-		q.P99All = number(float64(s.latency.ValueAtQuantile(99)) / float64(peer.latency.ValueAtQuantile(99)))
+		ours, theirs := s.latency.ValueAtQuantile(99), peer.latency.ValueAtQuantile(99)
+		q.P99All = number(float64(ours) / float64(theirs))
 	}
 	return q
 }

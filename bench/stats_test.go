@@ -80,7 +80,8 @@ func TestCompare(t *testing.T) {
 	}
 	ours.chunks[4].p50 = 1e9
 	q := compare(ours, peer)
-	if q.P50 != 0.6 || q.P99 != 0.6 || math.Abs(float64(q.Throughput)-1/0.6) > 1e-9 || math.Abs(float64(q.CPU)-0.6) > 1e-9 || q.Pairs != 5 {
+	near := func(n number, want float64) bool { return math.Abs(float64(n)-want) <= 1e-9 }
+	if q.P50 != 0.6 || q.P99 != 0.6 || !near(q.Throughput, 1/0.6) || !near(q.CPU, 0.6) || q.Pairs != 5 {
 		t.Errorf("%+v", q)
 	}
 }

@@ -15,17 +15,34 @@ import (
 // The table that the README shows (--table): ratios to the C helper, of the
 // worst operation of each group.
 
-// tableGroups are the rows: all operations, in groups that have much in common.
+// tableGroups are the rows of the table: all operations, in groups of similar ones.
 var tableGroups = []struct {
 	title string
 	ops   []string
 }{
-	{"LSTAT, READLINK, STATFS, xattr reads", []string{"lstat", "readlink", "statfs", "lgetxattr", "llistxattr"}},
-	{"GETVERSION", []string{"getversion"}},
-	{"OPEN, CHMOD, CHOWN, UTIME, RENAME, REMOVE, TRUNCATE, LINK, xattr writes",
-		[]string{"open", "chmod", "chown", "utime", "rename", "remove", "truncate", "link", "lsetxattr", "lremovexattr"}},
-	{"CREATE, MKDIR, MKNOD, SYMLINK as 0:0", []string{"create", "mkdir", "mknod", "symlink"}},
-	{"CREATE as 1000:1000", []string{"create1000"}},
+	{
+		"LSTAT, READLINK, STATFS, xattr reads",
+		[]string{"lstat", "readlink", "statfs", "lgetxattr", "llistxattr"},
+	},
+	{
+		"GETVERSION",
+		[]string{"getversion"},
+	},
+	{
+		"OPEN, CHMOD, CHOWN, UTIME, RENAME, REMOVE, TRUNCATE, LINK, xattr writes",
+		[]string{
+			"open", "chmod", "chown", "utime", "rename", "remove", "truncate", "link",
+			"lsetxattr", "lremovexattr",
+		},
+	},
+	{
+		"CREATE, MKDIR, MKNOD, SYMLINK as 0:0",
+		[]string{"create", "mkdir", "mknod", "symlink"},
+	},
+	{
+		"CREATE as 1000:1000",
+		[]string{"create1000"},
+	},
 }
 
 var (
@@ -34,15 +51,17 @@ var (
 	tableSparse      = []time.Duration{2 * time.Millisecond, 20 * time.Millisecond}
 )
 
-// tableRounds is how many rounds there are at least, unless --rounds says
-// otherwise; replays are passes over the whole trace, of some thirty chunks.
+// tableRounds is the default of --rounds with --table. tableReplays bounds the
+// passes over the whole trace, each of some thirty chunks.
 const (
 	tableRounds  = 15
 	tableReplays = 2
 )
 
-// table measures what the table needs, and prints nothing else.
-func table(ctx context.Context, o *options, dir string, r *report, tell *progress, out io.Writer) (err error) {
+// table measures the operations of the table and prints nothing else.
+func table(
+	ctx context.Context, o *options, dir string, r *report, tell *progress, out io.Writer,
+) (err error) {
 	at, err := placements(tablePlacements)
 	if err != nil {
 		return err
@@ -73,7 +92,7 @@ func table(ctx context.Context, o *options, dir string, r *report, tell *progres
 	return err
 }
 
-// guestTrace is what a guest has sent, as it lies in this module.
+// guestTrace returns the name of this module's trace of a guest.
 func guestTrace() (string, error) {
 	out, err := exec.Command("go", "list", "-f", "{{.Dir}}", "virtfs-proxy-helper/codec").Output()
 	if err != nil {
@@ -82,20 +101,23 @@ func guestTrace() (string, error) {
 	return filepath.Join(strings.TrimSpace(string(out)), "testdata", "guest-untar.trace.gz"), nil
 }
 
-// ratiosOf returns the ratios of an operation that were measured; nil if it
-// was not.
-func (r *report) ratiosOf(placement string, connections int, workload string) *ratios {
+// ratiosOf returns the measured ratios of an operation, nil if it was not
+// measured.
+func (r *report) ratiosOf(placement string, connections int, operation string) *ratios {
+	cell := &row{Placement: placement, Connections: connections}
 	for _, row := range r.Rows {
-		if row.Placement == placement && row.Connections == connections && row.Operation == workload {
+		if row.sameCell(cell) && row.Operation == operation {
 			return row.Programs[0].Ratios
 		}
 	}
 	return nil
 }
 
-// worst is the cell of the worst of some operations: "0.97 readlink". sign is
-// 1 where less is better, else -1.
-func (r *report) worst(placement string, connections int, ops []string, sign float64, of func(*ratios) number) string {
+// worst returns the text of a cell, the worst of some operations: "0.97 readlink".
+// sign is 1 if less is better, else -1.
+func (r *report) worst(
+	placement string, connections int, ops []string, sign float64, of func(*ratios) number,
+) string {
 	cell, most := "-", math.Inf(-1)
 	for _, op := range ops {
 		q := r.ratiosOf(placement, connections, op)
@@ -126,13 +148,21 @@ func (r *report) printTable(out io.Writer) {
 		all = append(all, g.ops...)
 	}
 	for _, row := range r.Rows {
-		if q := row.Programs[0].Ratios; q != nil && (row.Operation == row.Workload) && (fewest == 0 || q.Pairs < fewest) {
+		q := row.Programs[0].Ratios
+		if q == nil || row.Operation != row.Workload {
+			continue
+		}
+		if fewest == 0 || q.Pairs < fewest {
 			fewest = q.Pairs
 		}
 	}
-	fmt.Fprintf(out, "Ratios to QEMU's helper in C, one process a connection: the worst operation of each row, by name. Each is the median of at least %d ratios of\n"+
-		"neighbouring chunks. split: clients and helper have a CPU each; shared: one CPU for both. %d CPUs, Linux %s.\n\n", fewest, r.CPUs, strings.TrimSpace(r.Kernel))
-	fmt.Fprintln(out, "| | 1 connection, split | 1 connection, shared | 64 connections, split | 64 connections, shared |")
+	fmt.Fprintf(out, "Ratios to QEMU's helper in C, one process a connection: the worst operation "+
+		"of each row, by name. Each is the median of at least %d ratios of\n"+
+		"neighbouring chunks. split: clients and helper have a CPU each; "+
+		"shared: one CPU for both. %d CPUs, Linux %s.\n\n",
+		fewest, r.CPUs, strings.TrimSpace(r.Kernel))
+	fmt.Fprintln(out, "| | 1 connection, split | 1 connection, shared | "+
+		"64 connections, split | 64 connections, shared |")
 	fmt.Fprintln(out, "| --- | --- | --- | --- | --- |")
 	line := func(title string, cell func(placement string, connections int) string) {
 		fmt.Fprintf(out, "| %s |", title)
@@ -151,9 +181,12 @@ func (r *report) printTable(out io.Writer) {
 			return r.worst(at, n, g.ops, -1, throughput)
 		})
 	}
-	line("99th percentile, all of the above", func(at string, n int) string { return r.worst(at, n, all, 1, p99) })
-	line("99th percentile of all chunks together", func(at string, n int) string { return r.worst(at, n, all, 1, p99All) })
-	line("CPU time, all of the above", func(at string, n int) string { return r.worst(at, n, all, 1, cpu) })
+	ofAll := func(of func(*ratios) number) func(string, int) string {
+		return func(at string, n int) string { return r.worst(at, n, all, 1, of) }
+	}
+	line("99th percentile, all of the above", ofAll(p99))
+	line("99th percentile of all chunks together", ofAll(p99All))
+	line("CPU time, all of the above", ofAll(cpu))
 	only1 := func(cell func(at string) string) func(string, int) string {
 		return func(at string, n int) string {
 			if n > 1 {
@@ -162,6 +195,11 @@ func (r *report) printTable(out io.Writer) {
 			return cell(at)
 		}
 	}
+	ofOne := func(operation string, of func(*ratios) number) func(string, int) string {
+		return only1(func(at string) string {
+			return r.worst(at, 1, []string{operation}, 1, of)
+		})
+	}
 	line("a recorded guest, replayed: time", only1(func(at string) string {
 		q := r.ratiosOf(at, 1, "replay")
 		if q == nil {
@@ -169,11 +207,11 @@ func (r *report) printTable(out io.Writer) {
 		}
 		return (1 / q.Throughput).text("%.2f")
 	}))
-	line("a recorded guest, replayed: CPU time", only1(func(at string) string { return r.worst(at, 1, []string{"replay"}, 1, cpu) }))
+	line("a recorded guest, replayed: CPU time", ofOne("replay", cpu))
 	for _, pause := range tableSparse {
 		name := sparseName(pause)
-		line(fmt.Sprintf("an LSTAT every %v: median", pause), only1(func(at string) string { return r.worst(at, 1, []string{name}, 1, p50) }))
-		line(fmt.Sprintf("an LSTAT every %v: CPU time", pause), only1(func(at string) string { return r.worst(at, 1, []string{name}, 1, cpu) }))
+		line(fmt.Sprintf("an LSTAT every %v: median", pause), ofOne(name, p50))
+		line(fmt.Sprintf("an LSTAT every %v: CPU time", pause), ofOne(name, cpu))
 	}
 	for _, note := range r.Notes {
 		fmt.Fprintf(out, "\n%s\n", note)

@@ -47,7 +47,8 @@ func parseTrace(r io.Reader) (list []exchange, err error) {
 			}
 			t, size, err := codec.ParseHeader(frame)
 			if err == nil && len(frame) != codec.HeaderSize+size {
-				err = fmt.Errorf("%d bytes where the header says %d", len(frame), codec.HeaderSize+size)
+				err = fmt.Errorf("%d bytes where the header says %d",
+					len(frame), codec.HeaderSize+size)
 			}
 			if err != nil {
 				return nil, fmt.Errorf("line %d: %w", n, err)
@@ -70,7 +71,7 @@ func parseTrace(r io.Reader) (list []exchange, err error) {
 	return list[:answered], lines.Err()
 }
 
-// openTrace reads the trace in a file, compressed if it is named so.
+// openTrace reads the trace in a file, which is compressed if its name ends in .gz.
 func openTrace(name string) ([]exchange, error) {
 	file, err := os.Open(name)
 	if err != nil {
@@ -93,9 +94,9 @@ func openTrace(name string) ([]exchange, error) {
 	return list, nil
 }
 
-// replayWorkload sends what was recorded, size requests at a time, passes
-// times over. An answer that differs in kind (success, or which errno) from
-// the recorded one counts as wrong.
+// replayWorkload sends the recorded requests, in chunks of size requests, passes
+// times. An answer that differs in kind (success, or errno) from the recorded one
+// counts as wrong.
 func replayWorkload(name string, size, passes int) (w workload, err error) {
 	list, err := openTrace(name)
 	if err != nil {
@@ -110,7 +111,13 @@ func replayWorkload(name string, size, passes int) (w workload, err error) {
 			op = len(w.ops)
 			w.ops = append(w.ops, strings.ToLower(x.typ.String()))
 		}
-		requests = append(requests, request{frame: x.frame, op: op, typ: x.typ, errno: x.answer.Errno, size: anySize})
+		requests = append(requests, request{
+			frame: x.frame,
+			op:    op,
+			typ:   x.typ,
+			errno: x.answer.Errno,
+			size:  anySize,
+		})
 	}
 	tree := treeBefore(list)
 	w.before = func(p *program) error { return tree.build(p.export) }
@@ -123,7 +130,7 @@ func replayWorkload(name string, size, passes int) (w workload, err error) {
 	return w, nil
 }
 
-// node is a file, as far as LSTAT tells.
+// node holds the attributes of a file that LSTAT returns.
 type node struct {
 	mode, uid, gid uint32
 	rdev, size     uint64
@@ -132,14 +139,18 @@ type node struct {
 // tree is a directory tree, by paths relative to its root.
 type tree map[string]node
 
-// treeBefore infers what the files were like before the trace: whatever it
-// asks for with success, and has not itself created before.
+// treeBefore infers the tree before the trace: all files that successful requests
+// name and that the trace has not created earlier.
 func treeBefore(list []exchange) tree {
 	before := tree{}
-	known := map[string]bool{} // paths that are in before, or that the trace has created, moved or removed
+	// Paths that are in before, or that the trace has created, moved or removed.
+	known := map[string]bool{}
 	type move struct{ from, to string }
 	var moves []move
-	below := func(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+	below := func(path, dir string) bool {
+		return path == dir || strings.HasPrefix(path, dir+"/")
+	}
+	creating := []codec.Type{codec.Create, codec.Mknod, codec.Mkdir, codec.Symlink}
 	for _, x := range list {
 		if x.answer.Errno != 0 {
 			continue
@@ -152,8 +163,7 @@ func treeBefore(list []exchange) tree {
 		if x.typ == codec.Link || x.typ == codec.Rename {
 			other = filepath.Clean("/" + string(q.Other.Text()))
 		}
-		creates := x.typ == codec.Create || x.typ == codec.Mknod || x.typ == codec.Mkdir || x.typ == codec.Symlink
-		if !known[path] && !creates && path != "/" {
+		if !known[path] && !slices.Contains(creating, x.typ) && path != "/" {
 			origin := path
 			for _, m := range slices.Backward(moves) {
 				if below(origin, m.to) {
@@ -163,7 +173,13 @@ func treeBefore(list []exchange) tree {
 			n := node{mode: unix.S_IFREG | 0o644}
 			if s := x.answer.Payload; x.typ == codec.Lstat && len(s) == codec.StatSize {
 				u32, u64 := binary.NativeEndian.Uint32, binary.NativeEndian.Uint64
-				n = node{mode: u32(s[24:]), uid: u32(s[28:]), gid: u32(s[32:]), rdev: u64(s[36:]), size: u64(s[44:])}
+				n = node{
+					mode: u32(s[24:]),
+					uid:  u32(s[28:]),
+					gid:  u32(s[32:]),
+					rdev: u64(s[36:]),
+					size: u64(s[44:]),
+				}
 			}
 			before[origin] = n
 		}
@@ -184,8 +200,8 @@ func treeBefore(list []exchange) tree {
 	return before
 }
 
-// build empties dir and makes the tree in it. Contents of files are holes:
-// what is read or written through a descriptor never comes to a helper.
+// build empties dir and makes the tree in it. Contents of files are holes: reads
+// and writes through a descriptor do not reach a helper.
 func (t tree) build(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
