@@ -124,7 +124,7 @@ func (l *local) run(tb testing.TB, s sequence, loop func(once func())) {
 	for _, st := range s.steps {
 		st.q.Path = append([]byte(l.root), st.q.Path...)
 		if st.t == codec.Link || st.t == codec.Rename {
-			st.q.Other = append([]byte(l.root), st.q.Other...)
+			st.q.NewPath = append([]byte(l.root), st.q.NewPath...)
 		}
 		frames = append(frames, frame{st, bytes.Clone(st.frame(true)[codec.HeaderSize:])})
 	}

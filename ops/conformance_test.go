@@ -32,8 +32,11 @@ func (s step) String() string {
 	}
 	q := s.q
 	b := fmt.Sprintf("%v %.60q", s.t, q.Path)
-	if q.Other != nil {
-		b += fmt.Sprintf(" %.60q", q.Other)
+	if q.NewPath != nil {
+		b += fmt.Sprintf(" %.60q", q.NewPath)
+	}
+	if q.Target != nil {
+		b += fmt.Sprintf(" %.60q", q.Target)
 	}
 	if q.Name != nil {
 		b += fmt.Sprintf(" %q=%.20q", q.Name, q.Value)
@@ -49,7 +52,7 @@ func (s step) frame(nul bool) []byte {
 	}
 	q := s.q
 	if nul {
-		for _, p := range []*codec.CString{&q.Path, &q.Other, &q.Name} {
+		for _, p := range []*codec.CString{&q.Path, &q.NewPath, &q.Target, &q.Name} {
 			*p = append((*p)[:len(*p):len(*p)], 0)
 		}
 	}
@@ -77,15 +80,15 @@ func mkdir(path string, mode, uid, gid uint32) step {
 }
 
 func symlink(target, path string, uid, gid uint32) step {
-	return step{t: codec.Symlink, q: codec.Request{Other: cs(target), Path: cs(path), UID: uid, GID: gid}}
+	return step{t: codec.Symlink, q: codec.Request{Target: cs(target), Path: cs(path), UID: uid, GID: gid}}
 }
 
 func link(old, new string) step {
-	return step{t: codec.Link, q: codec.Request{Path: cs(old), Other: cs(new)}}
+	return step{t: codec.Link, q: codec.Request{Path: cs(old), NewPath: cs(new)}}
 }
 
 func rename(old, new string) step {
-	return step{t: codec.Rename, q: codec.Request{Path: cs(old), Other: cs(new)}}
+	return step{t: codec.Rename, q: codec.Request{Path: cs(old), NewPath: cs(new)}}
 }
 
 func lstat(path string) step      { return step{t: codec.Lstat, q: codec.Request{Path: cs(path)}} }

@@ -22,7 +22,7 @@ func (fs *FS) mkdir(c *Call) unix.Errno {
 // symlink serves SYMLINK: d uid, d gid, s target, s path; symlink(target,
 // path) as uid:gid.
 func (fs *FS) symlink(c *Call) unix.Errno {
-	return c.createAt(func(at resolved) unix.Errno { return symlinkat(c.req.Other.Pointer(), at.dir, at.name) })
+	return c.createAt(func(at resolved) unix.Errno { return symlinkat(c.req.Target.Pointer(), at.dir, at.name) })
 }
 
 // createAt runs a system call that makes the name c.req.Path as its owner to be.
@@ -53,7 +53,7 @@ func (c *Call) resolveTwo(do func(old, new resolved) unix.Errno) unix.Errno {
 		return errno
 	}
 	defer old.close()
-	new, errno := resolve(c.req.Other)
+	new, errno := resolve(c.req.NewPath)
 	if errno != 0 {
 		return errno
 	}

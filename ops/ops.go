@@ -205,8 +205,11 @@ func Repeatable(t codec.Type, payload []byte) bool {
 
 func (fs *FS) traceCall(t codec.Type, c *Call, errno unix.Errno) {
 	attrs := []any{"path", string(c.req.Path)}
-	if t == codec.Symlink || t == codec.Link || t == codec.Rename {
-		attrs = append(attrs, "other", string(c.req.Other))
+	switch t {
+	case codec.Link, codec.Rename:
+		attrs = append(attrs, "newpath", string(c.req.NewPath))
+	case codec.Symlink:
+		attrs = append(attrs, "target", string(c.req.Target))
 	}
 	if errno != 0 {
 		attrs = append(attrs, "errno", unix.ErrnoName(errno))

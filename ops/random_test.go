@@ -73,18 +73,20 @@ func (g *generator) time() codec.Time {
 func (g *generator) next() step {
 	for {
 		s := step{t: codec.Open + codec.Type(g.IntN(int(codec.NumTypes-codec.Open))), q: codec.Request{
-			Path:  cs(g.anyPath()),
-			Other: cs(g.anyPath()),
-			Name:  cs(pick(g, "user.a", "user.a", "user.b", "user.", "", "security.test", "trusted.a", "system.posix_acl_access", "system.posix_acl_default", "none")),
-			Value: []byte(pick(g, "", "v", "value\x00", acl, acl, strings.Repeat("v", 1+g.IntN(2000)))),
-			Mode:  g.mode(),
-			Flags: g.flags(),
-			Size:  pick[int64](g, 0, 1, 2, 5, 100, 4096, 65535, 65536, g.Int64N(70000)),
-			Rdev:  pick[uint64](g, 0x103, 0, 0x107, 1<<40),
-			Atime: g.time(),
-			Mtime: g.time(),
+			Path:    cs(g.anyPath()),
+			NewPath: cs(g.anyPath()),
+			Name:    cs(pick(g, "user.a", "user.a", "user.b", "user.", "", "security.test", "trusted.a", "system.posix_acl_access", "system.posix_acl_default", "none")),
+			Value:   []byte(pick(g, "", "v", "value\x00", acl, acl, strings.Repeat("v", 1+g.IntN(2000)))),
+			Mode:    g.mode(),
+			Flags:   g.flags(),
+			Size:    pick[int64](g, 0, 1, 2, 5, 100, 4096, 65535, 65536, g.Int64N(70000)),
+			Rdev:    pick[uint64](g, 0x103, 0, 0x107, 1<<40),
+			Atime:   g.time(),
+			Mtime:   g.time(),
 		}}
 		switch s.t {
+		case codec.Symlink:
+			s.q.Target = s.q.NewPath
 		case codec.Mknod:
 			s.q.Mode |= pick[uint32](g, unix.S_IFREG, unix.S_IFIFO, unix.S_IFSOCK, unix.S_IFCHR, unix.S_IFDIR, 0)
 		case codec.Lsetxattr:

@@ -97,7 +97,7 @@ func ignoreEXDEV(errno unix.Errno) unix.Errno {
 }
 
 func (fs *FS) symlinkReadOnly(c *Call) unix.Errno {
-	if len(c.req.Other.Text()) == 0 {
+	if len(c.req.Target.Text()) == 0 {
 		return unix.ENOENT
 	}
 	return fs.probeNewName(c.req.Path)
@@ -107,7 +107,7 @@ func (fs *FS) linkReadOnly(c *Call) unix.Errno {
 	if errno := c.probeInode(unix.AT_SYMLINK_NOFOLLOW); errno != 0 {
 		return errno
 	}
-	return fs.probeNewName(c.req.Other)
+	return fs.probeNewName(c.req.NewPath)
 }
 
 func (fs *FS) truncateReadOnly(c *Call) unix.Errno {
@@ -136,12 +136,12 @@ func (fs *FS) utimeReadOnly(c *Call) unix.Errno {
 }
 
 func (fs *FS) renameReadOnly(c *Call) unix.Errno {
-	for _, path := range []codec.CString{c.req.Path, c.req.Other} {
+	for _, path := range []codec.CString{c.req.Path, c.req.NewPath} {
 		if errno := fs.probeParent(path); errno != 0 {
 			return errno
 		}
 	}
-	for _, path := range []codec.CString{c.req.Path, c.req.Other} {
+	for _, path := range []codec.CString{c.req.Path, c.req.NewPath} {
 		if lastName(path) == nil {
 			return unix.EBUSY
 		}

@@ -146,7 +146,7 @@ func FuzzServer(f *testing.F) {
 	var all []byte
 	for t := codec.Open; t < codec.NumTypes; t++ {
 		q := codec.Request{
-			Path: path("/f"), Other: path("/g"), Name: path("user.a"), Value: []byte("value"),
+			Path: path("/f"), NewPath: path("/g"), Target: path("/g"), Name: path("user.a"), Value: []byte("value"),
 			Flags: unix.O_CREAT | unix.O_RDWR, Mode: unix.S_IFREG | 0o644, Size: 5,
 		}
 		all = q.Append(all, t)

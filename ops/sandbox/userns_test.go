@@ -100,7 +100,7 @@ func (r *rootless) owner(t *testing.T, path string) [2]uint32 {
 }
 
 func request(path string, id uint32) codec.Request {
-	return codec.Request{Path: helpertest.Path(path), Other: helpertest.Path("target"), UID: id, GID: id,
+	return codec.Request{Path: helpertest.Path(path), Target: helpertest.Path("target"), UID: id, GID: id,
 		Mode: 0o640 | unix.S_IFREG, Flags: unix.O_CREAT | unix.O_RDWR, Name: helpertest.Path("user.x")}
 }
 
