@@ -39,26 +39,30 @@ func (c *Call) createAt(do func(resolved) unix.Errno) unix.Errno {
 
 // link serves LINK: s old, s new; link(old, new), which does not follow old.
 func (fs *FS) link(c *Call) unix.Errno {
-	return c.resolveTwo(func(old, new resolved) unix.Errno { return linkat(old.dir, old.name, new.dir, new.name) })
+	return c.resolveTwo(func(from, to resolved) unix.Errno {
+		return linkat(from.dir, from.name, to.dir, to.name)
+	})
 }
 
 // rename serves RENAME: s old, s new; rename(old, new).
 func (fs *FS) rename(c *Call) unix.Errno {
-	return c.resolveTwo(func(old, new resolved) unix.Errno { return renameat(old.dir, old.name, new.dir, new.name) })
+	return c.resolveTwo(func(from, to resolved) unix.Errno {
+		return renameat(from.dir, from.name, to.dir, to.name)
+	})
 }
 
-func (c *Call) resolveTwo(do func(old, new resolved) unix.Errno) unix.Errno {
-	old, errno := resolve(c.req.Path)
+func (c *Call) resolveTwo(do func(from, to resolved) unix.Errno) unix.Errno {
+	from, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
-	defer old.close()
-	new, errno := resolve(c.req.NewPath)
+	defer from.close()
+	to, errno := resolve(c.req.NewPath)
 	if errno != 0 {
 		return errno
 	}
-	defer new.close()
-	return do(old, new)
+	defer to.close()
+	return do(from, to)
 }
 
 // remove serves REMOVE: s path; remove(path), which is unlink, or rmdir of a

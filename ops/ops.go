@@ -25,8 +25,8 @@
 // # Threads
 //
 // A call stays on one goroutine; only while its thread differs from the others
-// (in withCredentials and in byName) is it locked to that. An FS is used by any number of
-// calls at once, a Call by one.
+// (in withCredentials and in byName) is it locked to that. An FS is used by any
+// number of calls at once, a Call by one.
 package ops
 
 import (
@@ -129,7 +129,7 @@ type Call struct {
 	Tainted bool
 
 	req      codec.Request
-	switched bool   // the thread is not as others: between become and revert, or in byName
+	switched bool   // the thread is not as others: between assume and restore, or in byName
 	uid      uint32 // that files are made as
 	stat     unix.Stat_t
 	statbuf  unix.Statfs_t

@@ -63,13 +63,19 @@ func symlinkat(target *byte, dir int, name *byte) unix.Errno {
 	return errno
 }
 
-func linkat(olddir int, old *byte, newdir int, new *byte) unix.Errno {
-	_, errno := call(unix.SYS_LINKAT, uintptr(olddir), uintptr(unsafe.Pointer(old)), uintptr(newdir), uintptr(unsafe.Pointer(new)), 0)
+func linkat(olddir int, oldname *byte, newdir int, newname *byte) unix.Errno {
+	_, errno := call(unix.SYS_LINKAT,
+		uintptr(olddir), uintptr(unsafe.Pointer(oldname)),
+		uintptr(newdir), uintptr(unsafe.Pointer(newname)),
+		0)
 	return errno
 }
 
-func renameat(olddir int, old *byte, newdir int, new *byte) unix.Errno {
-	_, errno := call(unix.SYS_RENAMEAT2, uintptr(olddir), uintptr(unsafe.Pointer(old)), uintptr(newdir), uintptr(unsafe.Pointer(new)), 0)
+func renameat(olddir int, oldname *byte, newdir int, newname *byte) unix.Errno {
+	_, errno := call(unix.SYS_RENAMEAT2,
+		uintptr(olddir), uintptr(unsafe.Pointer(oldname)),
+		uintptr(newdir), uintptr(unsafe.Pointer(newname)),
+		0)
 	return errno
 }
 
