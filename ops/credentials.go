@@ -123,7 +123,8 @@ func seteuid(uid uint32) unix.Errno {
 }
 
 func capset(data *capData) unix.Errno {
-	return identityCall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&capHeader)), uintptr(unsafe.Pointer(data)), 0)
+	return identityCall(unix.SYS_CAPSET,
+		uintptr(unsafe.Pointer(&capHeader)), uintptr(unsafe.Pointer(data)), 0)
 }
 
 // identityCall never waits: no need to tell the scheduler.

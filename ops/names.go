@@ -10,19 +10,25 @@ func (fs *FS) mknod(c *Call) unix.Errno {
 	if q.Rdev>>32 != 0 {
 		return unix.EINVAL // the kernel's dev_t has 32 bits
 	}
-	return c.createAt(func(at resolved) unix.Errno { return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev)) })
+	return c.createAt(func(at resolved) unix.Errno {
+		return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev))
+	})
 }
 
 // mkdir serves MKDIR: d uid, d gid, s path, d mode; mkdir(path, mode) as
 // uid:gid.
 func (fs *FS) mkdir(c *Call) unix.Errno {
-	return c.createAt(func(at resolved) unix.Errno { return mkdirat(at.dir, at.name, c.req.Mode) })
+	return c.createAt(func(at resolved) unix.Errno {
+		return mkdirat(at.dir, at.name, c.req.Mode)
+	})
 }
 
 // symlink serves SYMLINK: d uid, d gid, s target, s path; symlink(target,
 // path) as uid:gid.
 func (fs *FS) symlink(c *Call) unix.Errno {
-	return c.createAt(func(at resolved) unix.Errno { return symlinkat(c.req.Target.Pointer(), at.dir, at.name) })
+	return c.createAt(func(at resolved) unix.Errno {
+		return symlinkat(c.req.Target.Pointer(), at.dir, at.name)
+	})
 }
 
 // createAt runs a system call that makes the name c.req.Path as its owner to be.

@@ -165,7 +165,8 @@ func (fs *FS) Do(t codec.Type, payload []byte, c *Call) {
 func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	defer func() {
 		if p := recover(); p != nil {
-			fs.log.Error("panic in a request", "request", t.String(), "panic", p, "stack", string(debug.Stack()))
+			fs.log.Error("panic in a request",
+				"request", t.String(), "panic", p, "stack", string(debug.Stack()))
 			c.Tainted = c.Tainted || c.switched
 			if c.FD >= 0 {
 				closefd(c.FD)
@@ -194,7 +195,8 @@ func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 // overwritten.
 func Repeatable(t codec.Type, payload []byte) bool {
 	switch t {
-	case codec.Lstat, codec.Readlink, codec.Statfs, codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
+	case codec.Lstat, codec.Readlink, codec.Statfs, codec.GetVersion,
+		codec.Lgetxattr, codec.Llistxattr:
 		return true
 	case codec.Open:
 		var q codec.Request

@@ -19,18 +19,18 @@ import (
 var readOnlyTable = func() [codec.NumTypes]func(*FS, *Call) unix.Errno {
 	t := table
 	for typ, before := range map[codec.Type]func(*FS, *Call) unix.Errno{
-		codec.Mknod:        func(fs *FS, c *Call) unix.Errno { return fs.probeNewName(c.req.Path) },
-		codec.Mkdir:        func(fs *FS, c *Call) unix.Errno { return fs.probeNewName(trimSlashes(c.req.Path)) },
+		codec.Mknod:        (*FS).mknodReadOnly,
+		codec.Mkdir:        (*FS).mkdirReadOnly,
 		codec.Symlink:      (*FS).symlinkReadOnly,
 		codec.Link:         (*FS).linkReadOnly,
-		codec.Chmod:        func(_ *FS, c *Call) unix.Errno { return c.probeInode(0) },
-		codec.Chown:        func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Chmod:        followReadOnly,
+		codec.Chown:        noFollowReadOnly,
 		codec.Truncate:     (*FS).truncateReadOnly,
 		codec.Utime:        (*FS).utimeReadOnly,
 		codec.Rename:       (*FS).renameReadOnly,
 		codec.Remove:       (*FS).removeReadOnly,
-		codec.Lsetxattr:    func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
-		codec.Lremovexattr: func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Lsetxattr:    noFollowReadOnly,
+		codec.Lremovexattr: noFollowReadOnly,
 	} {
 		change := table[typ]
 		t[typ] = func(fs *FS, c *Call) unix.Errno { return fs.refuse(c, change, before) }
@@ -94,6 +94,18 @@ func ignoreEXDEV(errno unix.Errno) unix.Errno {
 		return 0
 	}
 	return errno
+}
+
+func followReadOnly(_ *FS, c *Call) unix.Errno { return c.probeInode(0) }
+
+func noFollowReadOnly(_ *FS, c *Call) unix.Errno {
+	return c.probeInode(unix.AT_SYMLINK_NOFOLLOW)
+}
+
+func (fs *FS) mknodReadOnly(c *Call) unix.Errno { return fs.probeNewName(c.req.Path) }
+
+func (fs *FS) mkdirReadOnly(c *Call) unix.Errno {
+	return fs.probeNewName(trimSlashes(c.req.Path))
 }
 
 func (fs *FS) symlinkReadOnly(c *Call) unix.Errno {
