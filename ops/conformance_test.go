@@ -41,7 +41,8 @@ func (s step) String() string {
 	if q.Name != nil {
 		b += fmt.Sprintf(" %q=%.20q", q.Name, q.Value)
 	}
-	return b + fmt.Sprintf(" flags %#x mode %o owner %d:%d size %d rdev %x %v %v", q.Flags, q.Mode, int32(q.UID), int32(q.GID), q.Size, q.Rdev, q.Atime, q.Mtime)
+	return b + fmt.Sprintf(" flags %#x mode %o owner %d:%d size %d rdev %x %v %v",
+		q.Flags, q.Mode, int32(q.UID), int32(q.GID), q.Size, q.Rdev, q.Atime, q.Mtime)
 }
 
 // frame builds the request; nul ends its paths by NULs, as QEMU's fids do.
@@ -113,7 +114,8 @@ func truncate(path string, size int64) step {
 }
 
 func utime(path string, asec, ansec, msec, mnsec int64) step {
-	return step{t: codec.Utime, q: codec.Request{Path: cs(path), Atime: codec.Time{Sec: asec, Nsec: ansec}, Mtime: codec.Time{Sec: msec, Nsec: mnsec}}}
+	atime, mtime := codec.Time{Sec: asec, Nsec: ansec}, codec.Time{Sec: msec, Nsec: mnsec}
+	return step{t: codec.Utime, q: codec.Request{Path: cs(path), Atime: atime, Mtime: mtime}}
 }
 
 func lgetxattr(path, name string, bufsize int) step {
@@ -125,7 +127,9 @@ func llistxattr(path string, bufsize int) step {
 }
 
 func lsetxattr(path, name, value string, size, flags int) step {
-	return step{t: codec.Lsetxattr, q: codec.Request{Path: cs(path), Name: cs(name), Value: []byte(value), Size: int64(size), Flags: int32(flags)}}
+	return step{t: codec.Lsetxattr, q: codec.Request{
+		Path: cs(path), Name: cs(name), Value: []byte(value), Size: int64(size), Flags: int32(flags),
+	}}
 }
 
 func lremovexattr(path, name string) step {
@@ -476,8 +480,10 @@ const acl = "\x02\x00\x00\x00" +
 // paths are those of which each request is asked.
 var paths = []string{
 	"/", "//", "", ".", "..", "/.", "/..", "/../../..", "/../file", "/dir/../../file", "../file",
-	"file", "./file", "/file", "//file", "//dir//file", "/file/", "/file/.", "/file/x", "/dir", "/dir/", "/dir/sub/..", "/dir/up",
-	"/link", "/link/", "/dirlink", "/dirlink/", "/dirlink/file", "/abslink", "/dangling", "/danglingdir", "/loop", "/loop/x", "/out", "/outup", "/outdir", "/outdir/passwd",
+	"file", "./file", "/file", "//file", "//dir//file", "/file/", "/file/.", "/file/x",
+	"/dir", "/dir/", "/dir/sub/..", "/dir/up",
+	"/link", "/link/", "/dirlink", "/dirlink/", "/dirlink/file", "/abslink",
+	"/dangling", "/danglingdir", "/loop", "/loop/x", "/out", "/outup", "/outdir", "/outdir/passwd",
 	"/null", "/block", "/sock", "/secret", "/missing", "/missing/", "/missing/x", "/empty", "/sticky/file",
 	"/" + strings.Repeat("n", 256),
 	strings.Repeat("/", 4000) + "file",
@@ -516,7 +522,8 @@ var ofPath = []func(path string) step{
 // crashesC tells that the C helper does not survive a request, or never
 // answers it: what is right then stands in right_test.go.
 func crashesC(s step) bool {
-	return s.t == codec.GetVersion && (bytes.HasPrefix(s.q.Path, cs("/null")) || bytes.HasPrefix(s.q.Path, cs("/block")))
+	return s.t == codec.GetVersion &&
+		(bytes.HasPrefix(s.q.Path, cs("/null")) || bytes.HasPrefix(s.q.Path, cs("/block")))
 }
 
 // side is one of the two helpers that are compared.
@@ -562,7 +569,10 @@ func worlds(t *testing.T, test func(*testing.T, *world)) {
 			t.Parallel()
 			dir := dir(t)
 			// What a test mounts later on reaches the server, as where systemd has made all mounts shared.
-			if err := errors.Join(unix.Mount(dir, dir, "", unix.MS_BIND, ""), unix.Mount("", dir, "", unix.MS_SHARED, "")); err != nil {
+			if err := errors.Join(
+				unix.Mount(dir, dir, "", unix.MS_BIND, ""),
+				unix.Mount("", dir, "", unix.MS_SHARED, ""),
+			); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
@@ -604,7 +614,8 @@ func mask(dir string, t codec.Type, a helpertest.Answer, now time.Time) (string,
 			clear(p[8:16])    // inode
 			clear(p[100:116]) // ctime
 			for _, at := range [][]byte{p[68:84], p[84:100]} {
-				if sec := int64(u64(at)); sec > now.Unix() || sec == now.Unix() && int64(u64(at[8:])) >= int64(now.Nanosecond()) {
+				sec, nsec := int64(u64(at)), int64(u64(at[8:]))
+				if sec > now.Unix() || sec == now.Unix() && nsec >= int64(now.Nanosecond()) {
 					copy(at, "after its setup!")
 				}
 			}
@@ -638,7 +649,8 @@ func mask(dir string, t codec.Type, a helpertest.Answer, now time.Time) (string,
 	}
 	// In the server's own mount namespace paths begin at the export.
 	to = strings.TrimPrefix(strings.TrimPrefix(to, dir), "/")
-	said += fmt.Sprintf(" %s flags %o mode %o owner %d:%d nlink %d size %d", to, flags&^unix.O_NOFOLLOW, st.Mode, st.Uid, st.Gid, st.Nlink, st.Size)
+	said += fmt.Sprintf(" %s flags %o mode %o owner %d:%d nlink %d size %d",
+		to, flags&^unix.O_NOFOLLOW, st.Mode, st.Uid, st.Gid, st.Nlink, st.Size)
 	if st.Mode&unix.S_IFMT == unix.S_IFREG && flags&(unix.O_PATH|unix.O_DIRECT|unix.O_ACCMODE) == 0 {
 		content, err := io.ReadAll(io.LimitReader(a.File, 1<<20))
 		if err != nil {
