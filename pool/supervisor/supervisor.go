@@ -9,6 +9,8 @@
 //	supervisor.go  the supervisor's life: connections and servers come and go
 //	child.go     a server as the supervisor sees it: started, watched, ended
 //	socket.go     the socket's name: claimed, put back, given up
+//	pidfile.go    the pidfile: made, replaced, removed
+//	names.go      names in directories that others may write to
 //	ipc.go       the socket pair between supervisor and server
 //	daemon.go    detached from the caller, who is told how the start went
 package supervisor
@@ -172,10 +174,11 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		defer sv.name.release()
 	}
 	if c.PIDFile != "" {
-		if err := writePIDFile(c.PIDFile); err != nil {
+		file, err := writePIDFile(c.PIDFile)
+		if err != nil {
 			return err
 		}
-		defer os.Remove(c.PIDFile)
+		defer file.remove(log)
 	}
 	if sv.program, err = openProgram("/proc/self/exe"); err != nil {
 		return err
@@ -472,16 +475,4 @@ func openProgram(path string) (*os.File, error) {
 		return nil, &os.PathError{Op: "open the program", Path: path, Err: err}
 	}
 	return os.NewFile(uintptr(fd), path), nil
-}
-
-func writePIDFile(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o644)
-	if err != nil {
-		return fmt.Errorf("--pidfile: %w", err)
-	}
-	_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
-	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("--pidfile: %w", err)
-	}
-	return nil
 }
