@@ -93,6 +93,10 @@ func (c Config) dropSupervisorCaps() error {
 	return drop(supervisorCaps, permitted, permitted)
 }
 
+// WithCaps runs f with all that the supervisor may have, to do again what it has
+// done at its start.
+func (c Config) WithCaps(f func() error) error { return c.withCaps(f) }
+
 // withCaps runs f with all that the supervisor may have, on this thread alone.
 // While a goroutine is locked to it, the runtime makes no threads from it that
 // would have the same.

@@ -188,14 +188,3 @@ func openDir(path string) (int, error) {
 	}
 	return fd, nil
 }
-
-// fdPath is a path to what a descriptor is of, whatever names that has. Its
-// number in /proc is this process' in other processes, too: so tools find the
-// socket by the name that it is bound to.
-func fdPath(fd int) string {
-	self, err := os.Readlink("/proc/self")
-	if err != nil {
-		self = "self"
-	}
-	return fmt.Sprintf("/proc/%s/fd/%d", self, fd)
-}

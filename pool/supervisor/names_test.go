@@ -2,13 +2,17 @@ package supervisor_test
 
 import (
 	"fmt"
+	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -150,6 +154,13 @@ func mustDo(t *testing.T, errs ...error) {
 	}
 }
 
+// treasure is a file of the helper's user that nobody else may touch.
+type treasure struct {
+	ino  uint64
+	name string
+	is   string
+}
+
 // describe says all about a file that a helper could change.
 func describe(path string) (uint64, string) {
 	var st unix.Stat_t
@@ -162,6 +173,134 @@ func describe(path string) (uint64, string) {
 		content = string(b)
 	}
 	return st.Ino, fmt.Sprintf("%d:%d, mode %o, %q", st.Uid, st.Gid, st.Mode, content)
+}
+
+// asStranger calls f again and again on a thread of another user, until the
+// function that it returns is called.
+func asStranger(t *testing.T, f func()) (end func()) {
+	t.Helper()
+	stop, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and ends with the thread
+		for _, call := range []uintptr{unix.SYS_SETRESGID, unix.SYS_SETRESUID} {
+			if _, _, errno := unix.RawSyscall(call, stranger, stranger, stranger); errno != 0 {
+				done <- errno
+				return
+			}
+		}
+		for {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+				f()
+			}
+		}
+	}()
+	return func() {
+		close(stop)
+		mustDo(t, <-done)
+	}
+}
+
+// Who may write to the directory exchanges names in it, all the time, with files
+// that are not the helper's: none of them is given away, changed or lost.
+func TestExchangedNames(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		dir := dirFor(t, w)
+		mustDo(t, os.Chmod(dir, 0o777))
+		var treasures []treasure
+		isTreasure := map[uint64]bool{}
+		for i := range 6 {
+			name := fmt.Sprint("treasure", i)
+			path := filepath.Join(dir, name)
+			switch {
+			case i == 5:
+				mustDo(t, os.Mkdir(path, 0o700), os.WriteFile(path+"/file", []byte(name), 0o600))
+			case i == 4:
+				outside := filepath.Join(t.TempDir(), "file")
+				mustDo(t, os.WriteFile(outside, []byte(name), 0o600), os.Link(outside, path))
+			default:
+				mustDo(t, os.WriteFile(path, []byte(name), 0o600))
+			}
+			mustDo(t, os.Chown(path, w.uid, w.uid))
+			ino, is := describe(path)
+			treasures = append(treasures, treasure{ino, name, is})
+			isTreasure[ino] = true
+		}
+		d, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		mustDo(t, err)
+		defer unix.Close(d)
+		path, pidfile := filepath.Join(dir, "s"), filepath.Join(dir, "p")
+		served := 0
+		for round := range 25 {
+			// Mostly only in between, so that helpers start; names are never away.
+			attacked := [][]string{{"s", ".s"}, {"p"}, {"s", ".s", "p"}}[round%3]
+			if _, err := os.Lstat(pidfile); err != nil {
+				mustDo(t, os.WriteFile(pidfile, []byte("1\n"), 0o600), os.Chown(pidfile, w.uid, w.uid))
+			}
+			end := asStranger(t, func() {
+				victim := treasures[rand.IntN(len(treasures))].name
+				name := attacked[rand.IntN(len(attacked))]
+				if unix.Renameat2(d, name, d, victim, unix.RENAME_EXCHANGE) == nil {
+					unix.Renameat2(d, name, d, victim, unix.RENAME_EXCHANGE)
+				}
+				if round%2 == 0 {
+					time.Sleep(time.Duration(rand.IntN(100)) * time.Microsecond)
+				}
+			})
+			h := w.begin(t, path, "--pidfile", pidfile)
+			helpertest.Eventually(t, "the helper has started, or failed", func() bool {
+				pid := h.supervisor()
+				if pid != 0 && len(helpertest.Children(pid)) > 0 {
+					served++
+					return true
+				}
+				return !h.process.Alive()
+			})
+			h.end([]syscall.Signal{unix.SIGTERM, unix.SIGTERM, unix.SIGKILL}[rand.IntN(3)])
+			end()
+			found := map[uint64]string{}
+			names := map[uint64]string{}
+			filepath.WalkDir(dir, func(path string, _ fs.DirEntry, _ error) error {
+				ino, is := describe(path)
+				found[ino], names[ino] = is, path
+				return nil
+			})
+			for _, v := range treasures {
+				if found[v.ino] != v.is {
+					t.Fatalf("round %d: %s was %s, is %q\n%s", round, v.name, v.is, found[v.ino], h.process.Output())
+				}
+			}
+			// As before, but for what a helper may have left.
+			var tidy []func() error
+			for ino, name := range names {
+				switch {
+				case name == dir || filepath.Dir(name) != dir && !isTreasure[ino]:
+				case isTreasure[ino]:
+					tidy = append(tidy, func() error { return os.Rename(name, name+"."+fmt.Sprint(ino)) })
+				case round%2 == 0:
+					tidy = append(tidy, func() error { return os.RemoveAll(name) })
+				}
+			}
+			for _, v := range treasures {
+				tidy = append(tidy, func() error {
+					left, _ := filepath.Glob(dir + "/*." + fmt.Sprint(v.ino))
+					for _, path := range left {
+						if err := os.Rename(path, filepath.Join(dir, v.name)); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+			}
+			for _, f := range tidy {
+				mustDo(t, f())
+			}
+		}
+		t.Logf("%d of 25 helpers started", served)
+	})
 }
 
 // Another's pidfile is replaced, not written to; what is no pidfile stays.
@@ -269,6 +408,258 @@ func TestPIDFileOfTheNext(t *testing.T) {
 		last.end(unix.SIGTERM)
 		if b, err := os.ReadFile(pidfile); string(b) != "1\n" {
 			t.Errorf("another's number is %q now: %v", b, err)
+		}
+	})
+}
+
+// remove removes a file or a directory that a helper may just fill again.
+func remove(t *testing.T, paths ...string) {
+	t.Helper()
+	for _, path := range paths {
+		helpertest.Eventually(t, path+" is removed", func() bool { return os.RemoveAll(path) == nil })
+	}
+}
+
+// Whichever names go, and however, they come back, and new VMs connect.
+func TestNamesComeBack(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		dir := dirFor(t, w)
+		path, private := filepath.Join(dir, "s"), filepath.Join(dir, ".s")
+		h := w.start(t, path)
+		before := helpertest.Dial(t, path)
+		_, is := describe(path)
+		for what, away := range map[string]func(){
+			"public":               func() { remove(t, path) },
+			"private":              func() { remove(t, private) },
+			"private, then public": func() { remove(t, private, path) },
+			"public, then private": func() { remove(t, path, private) },
+			"private, moved":       func() { mustDo(t, os.Rename(private, private+".moved")); remove(t, path) },
+			"content of private":   func() { remove(t, private+"/s") },
+			"content, then public": func() { remove(t, private+"/s", path) },
+			"private, made again": func() {
+				remove(t, private)
+				os.Mkdir(private, 0o700) // unless the helper has
+				mustDo(t, os.Chown(private, w.uid, w.uid))
+			},
+		} {
+			for range 3 {
+				away()
+				helpertest.Eventually(t, what+": the names are back", func() bool {
+					_, err := os.Lstat(private + "/s")
+					return err == nil && helpertest.Listening(t, path)
+				})
+				serves(t, path)
+				if _, is2 := describe(path); is2 != is {
+					t.Errorf("%s: was %s, is %s", what, is, is2)
+				}
+				remove(t, private+".moved")
+			}
+			// As after QEMU, once more.
+			mustDo(t, os.Remove(path))
+			helpertest.Eventually(t, what+": the name is back", func() bool { return helpertest.Listening(t, path) })
+			serves(t, path)
+		}
+		before.Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+		next := w.begin(t, path)
+		if status := next.process.Wait(); status != 1 || !next.process.Logged("in use") {
+			t.Errorf("a second helper: status %d, %q", status, next.process.Output())
+		}
+		h.end(unix.SIGTERM)
+		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
+			t.Errorf("left behind: %v", entries)
+		}
+	})
+}
+
+// The names' directory is removed or moved, or one above it, and made again.
+func TestDirectoryComesBack(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		top := dirFor(t, w)
+		above := filepath.Join(top, "a")
+		dir := filepath.Join(above, "b")
+		again := func() {
+			mustDo(t, os.MkdirAll(dir, 0o755), os.Chown(dir, w.uid, w.uid))
+		}
+		again()
+		path := filepath.Join(dir, "s")
+		h := w.start(t, path)
+		before := helpertest.Dial(t, path)
+		for what, away := range map[string]func(){
+			"removed":     func() { remove(t, dir) },
+			"moved":       func() { mustDo(t, os.Rename(dir, top+"/moved")) },
+			"above moved": func() { mustDo(t, os.Rename(above, top+"/moved")); unix.Kill(h.supervisor(), unix.SIGHUP) },
+			"no signal":   func() { mustDo(t, os.Rename(above, top+"/moved")) },
+		} {
+			away()
+			again()
+			helpertest.Eventually(t, what+": the names are back", func() bool { return helpertest.Listening(t, path) })
+			serves(t, path)
+			mustDo(t, os.Remove(path))
+			helpertest.Eventually(t, what+": the name is back", func() bool { return helpertest.Listening(t, path) })
+			helpertest.Eventually(t, what+": the old names go", func() bool {
+				left, _ := filepath.Glob(top + "/moved/s")
+				below, _ := filepath.Glob(top + "/moved/b/s")
+				return len(left)+len(below) == 0
+			})
+			remove(t, top+"/moved")
+		}
+		before.Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+		h.end(unix.SIGTERM)
+		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
+			t.Errorf("left behind: %v", entries)
+		}
+	})
+}
+
+// Clients that wait to be accepted are, also after the names have gone.
+func TestWaitingClientsStay(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		dir := dirFor(t, w)
+		path := filepath.Join(dir, "s")
+		h := w.start(t, path, "--max-connections", "1")
+		clients := []*helpertest.Client{helpertest.Dial(t, path)}
+		clients[0].Want(0, codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+		for range 3 {
+			for range 3 {
+				clients = append(clients, helpertest.Dial(t, path))
+			}
+			remove(t, filepath.Join(dir, ".s"), path)
+			helpertest.Eventually(t, "the names are back", func() bool { return helpertest.Listening(t, path) })
+		}
+		clients = append(clients, helpertest.Dial(t, path))
+		// Those of different listeners come in any order.
+		var wg sync.WaitGroup
+		for _, c := range clients {
+			wg.Go(func() {
+				a, err := c.TryDo(codec.Statfs, codec.Request{Path: helpertest.Path("/")})
+				if err != nil || a.Errno != 0 {
+					t.Errorf("a client that waited: %v, %v", a.Errno, err)
+				}
+				c.Close()
+			})
+		}
+		wg.Wait()
+		h.end(unix.SIGTERM)
+	})
+}
+
+// Whoever may read the directory may lock it, and keeps nobody from starting.
+func TestStrangersLock(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		dir := dirFor(t, w)
+		mustDo(t, os.Chmod(dir, 0o755))
+		locked := make(chan error, 1)
+		var fd int
+		end := asStranger(t, sync.OnceFunc(func() {
+			var err error
+			if fd, err = unix.Open(dir, unix.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
+				err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+			}
+			locked <- err
+		}))
+		mustDo(t, <-locked)
+		end()
+		defer unix.Close(fd)
+		path := filepath.Join(dir, "s")
+		h := w.start(t, path, "--pidfile", filepath.Join(dir, "p"))
+		serves(t, path)
+		// Nobody but root and its user can lock what keeps others from starting.
+		var st unix.Stat_t
+		mustDo(t, unix.Lstat(filepath.Join(dir, ".s"), &st))
+		if int(st.Uid) != w.uid || st.Mode != unix.S_IFDIR|0o700 {
+			t.Errorf("private directory: of %d, mode %o", st.Uid, st.Mode)
+		}
+		own, err := unix.Open(filepath.Join(dir, ".s"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		mustDo(t, err)
+		defer unix.Close(own)
+		if err := unix.Flock(own, unix.LOCK_EX|unix.LOCK_NB); err != unix.EWOULDBLOCK {
+			t.Errorf("the private directory is not locked: %v", err)
+		}
+		h.end(unix.SIGTERM)
+	})
+}
+
+// Of two helpers that start at once, one serves, whatever a dead one has left.
+func TestTwoStartAtOnce(t *testing.T) {
+	dir := helpertest.ShortDir(t)
+	path := filepath.Join(dir, "s")
+	w := ways[0]
+	for round := range 20 {
+		two := [2]*helper{w.begin(t, path), w.begin(t, path)}
+		var winner *helper
+		helpertest.Eventually(t, "one of two helpers has ended", func() bool {
+			for i, h := range two {
+				if !h.process.Alive() {
+					winner = two[1-i]
+					if !h.process.Logged("in use") {
+						t.Errorf("round %d: %s", round, h.process.Output())
+					}
+					h.process.Wait()
+					return true
+				}
+			}
+			return false
+		})
+		helpertest.AwaitName(t, winner.process, path)
+		serves(t, path)
+		winner.end([]syscall.Signal{unix.SIGKILL, unix.SIGTERM}[round%2])
+	}
+}
+
+// What somebody else has put where a helper has its private directory stays,
+// and is named; what dead helpers have left goes.
+func TestForeignPrivateDirectory(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		dir := dirFor(t, w)
+		path, private := filepath.Join(dir, "s"), filepath.Join(dir, ".s")
+		mkdir := func(mode os.FileMode, uid int) {
+			mustDo(t, os.Mkdir(private, 0), os.Chmod(private, mode), os.Chown(private, uid, uid))
+		}
+		deadSocket := func(path string) {
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			mustDo(t, err, unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Close(fd),
+				os.Chown(path, w.uid, w.uid))
+		}
+		for what, c := range map[string]struct {
+			make func()
+			says string
+		}{
+			"stranger's":      {func() { mkdir(0o700, stranger) }, ".s"},
+			"for all to read": {func() { mkdir(0o755, w.uid) }, "only its user can enter"},
+			"for a group":     {func() { mkdir(0o770, w.uid) }, "only its user can enter"},
+			"with a file": {func() {
+				mkdir(0o700, w.uid)
+				mustDo(t, os.WriteFile(private+"/file", nil, 0o600))
+			}, "holds file"},
+			"with a file of that name": {func() {
+				mkdir(0o700, w.uid)
+				mustDo(t, os.WriteFile(private+"/s", nil, 0o600), os.Chown(private+"/s", w.uid, w.uid))
+			}, "not a socket"},
+			"a file":   {func() { mustDo(t, os.WriteFile(private, []byte("x"), 0o600)) }, "not a socket"},
+			"a link":   {func() { mustDo(t, os.Symlink(t.TempDir(), private)) }, "not a socket"},
+			"old":      {func() { deadSocket(private) }, ""},
+			"dead":     {func() { mkdir(0o700, w.uid); deadSocket(private + "/s") }, ""},
+			"in a cut": {func() { mkdir(0o700, w.uid); deadSocket(private + "/s"); deadSocket(private + "/aside") }, ""},
+			"empty":    {func() { mkdir(0o700, w.uid) }, ""},
+		} {
+			c.make()
+			ino, is := describe(private)
+			h := w.begin(t, path)
+			if c.says == "" {
+				helpertest.Eventually(t, what+": it serves", func() bool { return helpertest.Listening(t, path) })
+				h.end(unix.SIGTERM)
+			} else {
+				if status := h.process.Wait(); status != 1 || !h.process.Logged(c.says) {
+					t.Errorf("%s: status %d, %q, not %q", what, status, h.process.Output(), c.says)
+				}
+				if ino2, is2 := describe(private); ino2 != ino || is2 != is {
+					t.Errorf("%s: was %s, is %s", what, is, is2)
+				}
+				mustDo(t, os.RemoveAll(private))
+			}
+			if entries, _ := os.ReadDir(dir); len(entries) > 0 {
+				t.Errorf("%s: left behind: %v", what, entries)
+			}
 		}
 	})
 }

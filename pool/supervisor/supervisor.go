@@ -168,7 +168,8 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		return err
 	}
 	if c.Socket != "" {
-		if sv.name, err = claimSocket(c.Socket, uid, gid); err != nil {
+		sv.name, err = claimSocket(c.Socket, uid, gid, c.Sandbox.WithCaps)
+		if err != nil {
 			return err
 		}
 		defer sv.name.release()
@@ -192,10 +193,9 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
 	if sv.name != nil {
-		if err := sv.name.publish(log); err != nil {
+		if err := sv.name.publish(log, sv.accept); err != nil {
 			return err
 		}
-		go sv.accept()
 	} else {
 		sv.room <- struct{}{}
 		fd, err := unix.FcntlInt(sv.conn.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -223,6 +223,9 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 				sv.log.Info("renewing: all connections go to a server from the program that is on disk now")
 				sv.renew = true
 				sv.start(0)
+				if sv.name != nil {
+					sv.name.look()
+				}
 			default:
 				sv.log.Info("stopping: requests in work are answered", "signal", sig.String())
 				sv.stop()
@@ -438,31 +441,37 @@ func (sv *supervisor) killServers() {
 	}
 }
 
-// accept takes connections until the listener is shut down. Beyond
-// MaxConnections clients wait in the backlog, and so they do while there is no
-// descriptor or memory for them.
-func (sv *supervisor) accept() {
+// accept takes connections until the listener is shut down, which it closes
+// then. Beyond MaxConnections clients wait in the backlog, and so they do while
+// there is no descriptor or memory for them.
+func (sv *supervisor) accept(listener int) {
+	defer unix.Close(listener)
 	for {
+		// No place is taken before a client is there: another listener's may wait.
+		fds := []unix.PollFd{{Fd: int32(listener), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err == unix.EINTR {
+			continue
+		}
 		select {
 		case sv.room <- struct{}{}:
 		default:
-			sv.log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", sv.MaxConnections)
+			sv.log.Warn("as many connections as --max-connections allows: more wait until one leaves",
+				"connections", sv.MaxConnections)
 			sv.room <- struct{}{}
 		}
-		for {
-			fd, _, err := unix.Accept4(sv.name.Listener, unix.SOCK_CLOEXEC)
-			if err == nil {
-				sv.events <- accepted{fd}
-				break
-			}
-			switch err {
-			case unix.EINVAL: // release has shut the listener down
-				return
-			case unix.EINTR, unix.ECONNABORTED:
-			default:
-				sv.log.Warn("can't accept a connection yet", "error", err)
-				time.Sleep(noRoomPause)
-			}
+		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		if err == nil {
+			sv.events <- accepted{fd}
+			continue
+		}
+		<-sv.room
+		switch err {
+		case unix.EINVAL: // shut down, and no client waits any more
+			return
+		case unix.EINTR, unix.ECONNABORTED:
+		default:
+			sv.log.Warn("can't accept a connection yet", "error", err)
+			time.Sleep(noRoomPause)
 		}
 	}
 }
