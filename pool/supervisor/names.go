@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -187,4 +189,79 @@ func openDir(path string) (int, error) {
 		return -1, &os.PathError{Op: "open the directory", Path: path, Err: err}
 	}
 	return fd, nil
+}
+
+// checkOutside tells that path, a name in dir, is not in the export, whose
+// guests would own the name. What can't be found out is no error.
+func checkOutside(path string, dir int, export *os.File) error {
+	mounts, err := readMounts()
+	if err != nil {
+		return nil
+	}
+	exported, mine := mounts.locate(int(export.Fd())), mounts.locate(dir)
+	if exported == nil || mine == nil {
+		return nil
+	}
+	trees := []mount{*exported}
+	for _, m := range mounts {
+		if within(m.point, exported.point) {
+			trees = append(trees, m)
+		}
+	}
+	for _, tree := range trees {
+		if tree.dev == mine.dev && within(mine.root, tree.root) {
+			return fmt.Errorf("%s is inside the export %s, where guests can replace it: "+
+				"choose a name outside, or do without one (--fd)", path, export.Name())
+		}
+	}
+	return nil
+}
+
+// mount is a directory tree of a file system and where it is seen.
+type mount struct {
+	dev   string // the file system
+	root  string // the directory's path in that
+	point string // the directory's path here
+}
+
+// mounts are those of this process, by their number.
+type mounts map[string]mount
+
+func readMounts() (mounts, error) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\043`, "#", `\134`, `\`)
+	all := mounts{}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 {
+			all[f[0]] = mount{f[2], unescape.Replace(f[3]), unescape.Replace(f[4])}
+		}
+	}
+	return all, nil
+}
+
+// locate returns where an open directory is, nil if that is unknown.
+func (all mounts) locate(fd int) *mount {
+	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil {
+		return nil
+	}
+	path, err := os.Readlink(fdPath(fd))
+	if err != nil {
+		return nil
+	}
+	_, id, _ := strings.Cut(string(info), "mnt_id:")
+	id, _, _ = strings.Cut(strings.TrimSpace(id), "\n")
+	m, ok := all[id]
+	if !ok || !within(path, m.point) {
+		return nil
+	}
+	return &mount{m.dev, filepath.Join(m.root, path[len(m.point):]), path}
+}
+
+// within tells that path is dir or below it; both are clean and absolute.
+func within(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
 }

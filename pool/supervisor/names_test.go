@@ -606,6 +606,50 @@ func TestTwoStartAtOnce(t *testing.T) {
 	}
 }
 
+// Guests own all names in the export.
+func TestNameInExport(t *testing.T) {
+	inWays(t, func(t *testing.T, w way) {
+		dir := dirFor(t, w)
+		export, outside := filepath.Join(dir, "export"), filepath.Join(dir, "outside")
+		sub, link, bound, within := export+"/sub", dir+"/link", dir+"/bound", export+"/within"
+		for _, d := range []string{export, sub, outside, bound, within} {
+			mustDo(t, os.Mkdir(d, 0o755), os.Chown(d, w.uid, w.uid))
+		}
+		mustDo(t, os.Symlink(sub, link))
+		mount := func(from, to string) {
+			mustDo(t, unix.Mount(from, to, "", unix.MS_BIND, ""))
+			t.Cleanup(func() { unix.Unmount(to, unix.MNT_DETACH) })
+		}
+		mount(sub, bound)
+		mount(outside, within)
+		for _, c := range []struct{ in, export string }{
+			{export, export}, {sub, export}, {link, export}, {bound, export}, {within, export}, {outside, export},
+			{dir + "/outside/../export", export}, {sub, link}, {bound, sub}, {sub, bound},
+		} {
+			for _, options := range [][]string{
+				{"-s", c.in + "/s"}, {"-s", dir + "/s", "--pidfile", c.in + "/pid"},
+			} {
+				p := helpertest.Start(t, w.command(t, append(options, "-p", c.export)...))
+				if status := p.Wait(); status != 1 || !p.Logged("is inside the export") || !p.Logged("outside") {
+					t.Errorf("%v of %s: status %d, %q", options, c.export, status, p.Output())
+				}
+			}
+		}
+		for _, d := range []string{export, sub, outside, dir} {
+			for _, name := range []string{"/s", "/.s", "/pid"} {
+				if _, err := os.Lstat(d + name); err == nil {
+					t.Errorf("left behind: %s", d+name)
+				}
+			}
+		}
+		// Beside it is none of the guests' business.
+		mustDo(t, unix.Unmount(within, 0))
+		h := w.start(t, outside+"/s", "-p", export, "--pidfile", dir+"/export.pid")
+		serves(t, outside+"/s")
+		h.end(unix.SIGTERM)
+	})
+}
+
 // What somebody else has put where a helper has its private directory stays,
 // and is named; what dead helpers have left goes.
 func TestForeignPrivateDirectory(t *testing.T) {

@@ -27,13 +27,15 @@ const newName = "new"
 
 // writePIDFile makes the file path, with mode 0644, in one step. It replaces
 // another pidfile, and nothing else.
-func writePIDFile(path string) (_ *pidFile, err error) {
+func writePIDFile(path string, export *os.File) (_ *pidFile, err error) {
 	p := &pidFile{path: path, base: filepath.Base(path)}
 	if p.dir, err = openDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("--pidfile: %w", err)
 	}
-	if err = p.write(); err != nil {
-		err = fmt.Errorf("%s: %w", path, err)
+	if err = checkOutside(path, p.dir, export); err == nil {
+		if err = p.write(); err != nil {
+			err = fmt.Errorf("%s: %w", path, err)
+		}
 	}
 	if err != nil {
 		p.close()

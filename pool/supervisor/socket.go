@@ -73,7 +73,7 @@ type binding struct {
 // free or what a dead process left. Nothing can connect before publish. It
 // removes dead sockets, never anything else.
 func claimSocket(
-	path string, uid, gid int, withCaps func(func() error) error,
+	path string, uid, gid int, export *os.File, withCaps func(func() error) error,
 ) (*socketName, error) {
 	if len(path) > maxName {
 		return nil, fmt.Errorf("--socket: name of %d bytes is too long for a socket, at most %d: %s",
@@ -92,7 +92,10 @@ func claimSocket(
 	if err != nil {
 		return nil, fmt.Errorf("--socket: %w", err)
 	}
-	if n.dirPath, err = filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
+	if err = checkOutside(path, dir, export); err == nil {
+		n.dirPath, err = filepath.EvalSymlinks(filepath.Dir(path))
+	}
+	if err == nil {
 		n.dirPath, err = filepath.Abs(n.dirPath)
 	}
 	if err != nil {

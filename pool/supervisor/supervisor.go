@@ -168,14 +168,14 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		return err
 	}
 	if c.Socket != "" {
-		sv.name, err = claimSocket(c.Socket, uid, gid, c.Sandbox.WithCaps)
+		sv.name, err = claimSocket(c.Socket, uid, gid, export, c.Sandbox.WithCaps)
 		if err != nil {
 			return err
 		}
 		defer sv.name.release()
 	}
 	if c.PIDFile != "" {
-		file, err := writePIDFile(c.PIDFile)
+		file, err := writePIDFile(c.PIDFile, export)
 		if err != nil {
 			return err
 		}
