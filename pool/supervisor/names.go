@@ -102,8 +102,8 @@ func (p *privateDir) check() error {
 		return err
 	}
 	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
-		return fmt.Errorf("%s exists and is not a directory of this program, which only its user can enter: remove it",
-			p.name)
+		return fmt.Errorf("%s exists and is not a directory of this program, "+
+			"which only its user can enter: remove it", p.name)
 	}
 	p.id = fileID{uint64(st.Dev), st.Ino, unix.S_IFDIR}
 	// Some network file systems lock no directories. A live socket is found there
