@@ -16,7 +16,6 @@ package supervisor
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -27,6 +26,7 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/logging"
 )
 
 // StartTime is how long a server may take until it is ready: hundreds of times
@@ -60,13 +60,14 @@ type Config struct {
 	Once           bool // leave with the last connection of Socket
 	PIDFile        string
 	LogLevel       slog.Level
+	Version        string // of this program, for the log
 }
 
 // Supervisor's other inputs, which depend on how it was started.
 type surroundings struct {
-	conn   *os.File         // the only connection; nil with a Socket
-	output func() io.Writer // for what it logs and servers print
-	ready  func() error     // called when connections are taken
+	conn  *os.File     // the only connection; nil with a Socket
+	log   *logging.Log // run closes it
+	ready func() error // called when connections are taken
 }
 
 // supervisor is a Config that runs. All is done on one goroutine (loop); others
@@ -75,7 +76,6 @@ type supervisor struct {
 	Config
 	surroundings
 	export   *os.File // the directory, O_PATH: each server gets the same one
-	log      *slog.Logger
 	name     *socketName
 	inflight *os.File
 	events   chan any // accepted, childMessage, ended or started
@@ -121,18 +121,27 @@ type (
 	retry struct{ id uint32 }
 )
 
-// run keeps a server until a signal ends it, or the last connection does, and
-// logs the error that it ends with. An error before ready is one of starting.
+// run keeps a server until a signal ends it, or the last connection does. An
+// error before ready is the caller's to report; a later one is logged, and Told.
 func (c *Config) run(around surroundings) error {
-	log := NewLog(c.Path, c.LogLevel, around.output())
-	err := c.supervise(around, log)
-	if err != nil {
-		log.Error("the helper ends", "error", err)
+	defer around.log.Close()
+	started := false
+	ready := around.ready
+	around.ready = func() error {
+		err := ready()
+		started = err == nil
+		return err
+	}
+	err := c.supervise(around)
+	if err != nil && started {
+		around.log.Error("the helper ends", "error", err)
+		return logging.Told{Err: err}
 	}
 	return err
 }
 
-func (c *Config) supervise(around surroundings, log *slog.Logger) error {
+func (c *Config) supervise(around surroundings) error {
+	log := around.log
 	export, err := openExport(c.Path)
 	if err != nil {
 		return err
@@ -153,7 +162,6 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		Config:       *c,
 		surroundings: around,
 		export:       export,
-		log:          log,
 		events:       make(chan any),
 		conns:        make(map[uint32]*conn),
 		room:         make(chan struct{}, c.MaxConnections),
@@ -189,7 +197,7 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
 	if sv.name != nil {
-		if err := sv.name.publish(log); err != nil {
+		if err := sv.name.publish(log.Logger); err != nil {
 			return err
 		}
 		go sv.accept()
