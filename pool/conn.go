@@ -160,6 +160,7 @@ func (c *conn) serveFrames() outcome {
 // do does one request, in a copy of its own.
 func (c *conn) do(t codec.Type, payload []byte) {
 	c.turn.request.Set(payload)
+	c.turn.call.Connection = uint64(c.id)
 	c.srv.workers.Begin()
 	c.srv.fs.Do(t, c.turn.request.B, &c.turn.call)
 	c.srv.workers.End()
