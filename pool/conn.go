@@ -21,9 +21,11 @@ import (
 type conn struct {
 	srv  *Server
 	loop *loop  // where it rests
-	id   uint32 // the supervisor's number of it
+	id   uint32 // the supervisor's number of its slot
 	fd   int
 	slot *inflight.Slot // what has been received and is in work
+
+	number uint64 // in the log, never used again
 
 	recovered bool // what another server has left is done
 	turn      turn // good during a turn
@@ -160,7 +162,7 @@ func (c *conn) serveFrames() outcome {
 // do does one request, in a copy of its own.
 func (c *conn) do(t codec.Type, payload []byte) {
 	c.turn.request.Set(payload)
-	c.turn.call.Connection = uint64(c.id)
+	c.turn.call.Connection = c.number
 	c.srv.workers.Begin()
 	c.srv.fs.Do(t, c.turn.request.B, &c.turn.call)
 	c.srv.workers.End()
@@ -232,7 +234,7 @@ func (c *conn) close(ended bool) {
 	unix.Close(c.fd)
 }
 
-func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.id) }
+func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.number) }
 
 // readable waits until bytes or the end of the stream have come; false when
 // nothing has within d, or a handing over has begun. With a seat it is a raw

@@ -31,6 +31,7 @@ func (cfg *Config) Run(log *slog.Logger) error {
 	if err := CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
 	}
+	ipc.NameProcess(ipc.ServerName)
 	control, memory := ipc.Inherited()
 	gone := newOutbox(func(n goneConn) error { return control.SendGone(n.id, n.ended) })
 	server, err := cfg.enter(control, memory, gone, log)
@@ -41,9 +42,9 @@ func (cfg *Config) Run(log *slog.Logger) error {
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	handOver, err := control.Serve(func(fd int, id uint32) {
-		if err := server.Add(fd, id); err != nil {
-			log.Error("connection refused", "connection", id, "error", err)
+	handOver, err := control.Serve(func(fd int, id uint32, number uint64) {
+		if err := server.Add(fd, id, number); err != nil {
+			log.Error("connection refused", "connection", number, "error", err)
 		}
 	})
 	switch {

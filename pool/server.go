@@ -118,9 +118,10 @@ func (s *Server) Close() error {
 }
 
 // Add serves a connected stream socket, which the server owns from now on.
-// What another server has left of it is in its slot of the in-flight memory, number id.
-func (s *Server) Add(fd int, id uint32) error {
-	c := &conn{srv: s, id: id, fd: fd, slot: s.inflight.Slot(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
+// What another server has left of it is in its slot of the in-flight memory,
+// which is id. number is what the log calls it.
+func (s *Server) Add(fd int, id uint32, number uint64) error {
+	c := &conn{srv: s, id: id, number: number, fd: fd, slot: s.inflight.Slot(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
 	if c.slot == nil {
 		c.close(true)
 		return fmt.Errorf("no slot %d in the in-flight memory", id)

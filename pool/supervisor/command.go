@@ -12,11 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
+	"virtfs-proxy-helper/pool/ipc"
 	"virtfs-proxy-helper/pool/logging"
 )
 
 // Name is the program's name in messages, in the log and as its own argument.
-const Name = "virtfs-proxy-helper"
+const Name = ipc.SupervisorName
 
 // roleEnv tells a process that this program has started which Role it has.
 const roleEnv = "VIRTFS_PROXY_HELPER_ROLE"

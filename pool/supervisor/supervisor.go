@@ -81,6 +81,7 @@ type supervisor struct {
 	events   chan any // accepted, childMessage, ended or started
 
 	conns    map[uint32]*conn
+	numbered uint64        // connections so far
 	free     []uint32      // numbers
 	room     chan struct{} // a place for each connection that may come
 	servers  map[*server]bool
@@ -98,12 +99,17 @@ type supervisor struct {
 // conn is a connection. Its number is its slot in the in-flight memory.
 type conn struct {
 	fd     int
+	number uint64  // in the log, never used again
 	server *server // that serves it; nil while none does
+	waited bool    // for a server that had no room for it
 }
 
 // Events.
 type (
-	accepted     struct{ fd int }
+	accepted struct {
+		fd   int
+		peer []any // for the log
+	}
 	childMessage struct {
 		server *server
 		ipc.Message
@@ -125,6 +131,7 @@ type (
 // error before ready is the caller's to report; a later one is logged, and Told.
 func (c *Config) run(around surroundings) error {
 	defer around.log.Close()
+	ipc.NameProcess(ipc.SupervisorName)
 	started := false
 	ready := around.ready
 	around.ready = func() error {
@@ -208,12 +215,24 @@ func (c *Config) supervise(around surroundings) error {
 			return err
 		}
 		sv.conn.Close()
-		sv.add(fd)
+		sv.add(fd, peerAttrs(fd))
 	}
 	if err := sv.ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
 	}
+	sv.logStart()
 	return sv.loop(signals)
+}
+
+// logStart says once what is served, and how.
+func (sv *supervisor) logStart() {
+	where := []any{"socket", sv.Socket, "max_connections", sv.MaxConnections}
+	if sv.name == nil {
+		where = []any{"fd", sv.FD}
+	}
+	sv.log.Info("started", append([]any{"version", sv.Version, "workers", sv.Workers,
+		"sandbox", string(sv.Sandbox.Sandbox), "seccomp", string(sv.Sandbox.Seccomp),
+		"rootless", Rootless()}, where...)...)
 }
 
 func (sv *supervisor) loop(signals <-chan os.Signal) error {
@@ -252,7 +271,7 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
-		sv.add(e.fd)
+		sv.add(e.fd, e.peer)
 	case childMessage:
 		sv.onChildMessage(e.server, e.Message)
 	case ended:
@@ -267,7 +286,7 @@ func (sv *supervisor) handle(event any) {
 }
 
 // add takes a connection that room has been made for.
-func (sv *supervisor) add(fd int) {
+func (sv *supervisor) add(fd int, peer []any) {
 	id := sv.free[len(sv.free)-1]
 	if err := inflight.Clear(sv.inflight, id); err != nil {
 		sv.log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
@@ -277,9 +296,10 @@ func (sv *supervisor) add(fd int) {
 	}
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
-	c := &conn{fd: fd}
+	sv.numbered++
+	c := &conn{fd: fd, number: sv.numbered}
 	sv.conns[id] = c
-	sv.log.Info("client connected", "connection", id)
+	sv.log.Info("client connected", append([]any{"connection", c.number}, peer...)...)
 	sv.assign(id, c)
 }
 
@@ -291,15 +311,20 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 		return
 	}
 	// A server that is gone is noticed in time. The loop waits for none.
-	err := c.server.control.SendConn(ipc.Conn, id, c.fd, unix.MSG_DONTWAIT)
+	err := c.server.control.SendNewConn(id, c.number, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
-		sv.log.Warn("connection not yet served", "connection", id, "error", err)
-		sv.retryAssign(id, c)
+		sv.retryAssign(id, c, "error", err)
 	}
 }
 
-func (sv *supervisor) retryAssign(id uint32, c *conn) {
+// retryAssign gives a connection to the server some time later, which is logged
+// once for each connection.
+func (sv *supervisor) retryAssign(id uint32, c *conn, because ...any) {
 	c.server = nil
+	if !c.waited {
+		c.waited = true
+		sv.log.Warn("connection not yet served", append(because, "connection", c.number)...)
+	}
 	time.AfterFunc(noRoomPause, func() { sv.events <- retry{id} })
 }
 
@@ -319,12 +344,11 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 		sv.free = append(sv.free, id)
 		unix.Close(c.fd)
 		<-sv.room
-		sv.log.Info("client left", "connection", id)
+		sv.log.Info("client left", "connection", c.number)
 	case ipc.Returned:
 		sv.assign(id, c)
 	case ipc.NoRoom:
-		sv.log.Warn("the server has no descriptor left for a connection", "connection", id)
-		sv.retryAssign(id, c)
+		sv.retryAssign(id, c, "error", "the server has no descriptor left for it")
 	}
 }
 
@@ -447,6 +471,7 @@ func (sv *supervisor) killServers() {
 // MaxConnections clients wait in the backlog, and so they do while there is no
 // descriptor or memory for them.
 func (sv *supervisor) accept() {
+	var told error // of what accept4 says now
 	for {
 		select {
 		case sv.room <- struct{}{}:
@@ -457,7 +482,8 @@ func (sv *supervisor) accept() {
 		for {
 			fd, _, err := unix.Accept4(sv.name.Listener, unix.SOCK_CLOEXEC)
 			if err == nil {
-				sv.events <- accepted{fd}
+				told = nil
+				sv.events <- accepted{fd, peerAttrs(fd)}
 				break
 			}
 			switch err {
@@ -465,7 +491,10 @@ func (sv *supervisor) accept() {
 				return
 			case unix.EINTR, unix.ECONNABORTED:
 			default:
-				sv.log.Warn("can't accept a connection yet", "error", err)
+				if err != told {
+					told = err
+					sv.log.Warn("can't accept a connection yet", "error", err)
+				}
 				time.Sleep(noRoomPause)
 			}
 		}
