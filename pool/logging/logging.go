@@ -58,7 +58,7 @@ func ToStderr(level slog.Level, attrs ...slog.Attr) *Log { return newLog(level, 
 
 // ToSyslog returns a log of lines in the system's log, under the name tag.
 func ToSyslog(tag string, level slog.Level, attrs ...slog.Attr) *Log {
-	return newLog(level, &syslog{tag: tag}, attrs)
+	return newLog(level, &syslog{tag: tag, paths: syslogPaths}, attrs)
 }
 
 func newLog(level slog.Level, to sink, attrs []slog.Attr) *Log {

@@ -9,6 +9,8 @@ import (
 	"time"
 )
 
+var syslogPaths = []string{"/dev/log", "/var/run/syslog", "/var/run/log"}
+
 const (
 	facilityDaemon = 3 << 3
 	// syslogTime bounds a write to a system log that does not read.
@@ -21,6 +23,7 @@ const (
 // may be started again. Package log/syslog waits without end for one that is stuck.
 type syslog struct {
 	tag    string
+	paths  []string // of its socket, the first that is there
 	conn   net.Conn // nil while there is none
 	stream bool     // lines end with a NUL
 }
@@ -57,7 +60,7 @@ func (s *syslog) write(level slog.Level, line []byte) error {
 
 func (s *syslog) dial() error {
 	var errs error
-	for _, path := range []string{"/dev/log", "/var/run/syslog", "/var/run/log"} {
+	for _, path := range s.paths {
 		for _, network := range []string{"unixgram", "unix"} {
 			d := net.Dialer{Timeout: syslogTime}
 			conn, err := d.Dial(network, path)
