@@ -24,9 +24,7 @@ type Fault struct {
 
 // KnownFaults are the faults that are not mended yet. A case named here has to
 // fail as it says, so whoever mends a fault has to delete its lines.
-var KnownFaults = []Fault{
-	{"G2", "as a daemon: kill -9 of the supervisor ends the server too", "TestKilledSupervisor", "daemon*", "the VM is lost"},
-}
+var KnownFaults = []Fault{}
 
 // caseEnv is set for a process that runs a marked case, to see it fail.
 const caseEnv = "HELPERTEST_KNOWN_FAULT"
