@@ -365,16 +365,11 @@ func TestServersLog(t *testing.T) {
 		c := h.Dial()
 		c.Want(0, codec.Lstat, pathA)
 		server := h.Server()
-		ours := helpertest.FDs(t, h.PID)
+		stderr := helpertest.FDs(t, h.PID)[2]
 		for fd, to := range helpertest.FDs(t, server) {
-			switch {
-			case fd == 0 && to != "/dev/null", fd == 1 || fd == 2, strings.HasPrefix(to, "/"):
-				if fd > 2 || to == ours[0] || to == ours[1] || to == ours[2] || !strings.HasPrefix(to, "pipe:") {
-					if strings.HasPrefix(to, "/proc") || fd > 2 && !strings.Contains(h.Output(), to) {
-						continue
-					}
-					t.Errorf("descriptor %d of the server is %s", fd, to)
-				}
+			pipe := strings.HasPrefix(to, "pipe:")
+			if to == stderr && to != os.DevNull || pipe != (fd == 1 || fd == 2) {
+				t.Errorf("descriptor %d of the server is %s", fd, to)
 			}
 		}
 		before := helpertest.RSS(t, h.PID)
@@ -384,13 +379,13 @@ func TestServersLog(t *testing.T) {
 				t.Fatal(err)
 			}
 			fmt.Fprintf(pipe, "Eforged %d\n\x1b[2Jtime=2020-01-01T00:00:00Z level=ERROR msg=evil\n", fd)
-			for range 256 { // no end of the line
+			for range 64 { // no end of the line
 				if _, err := pipe.Write(bytes.Repeat([]byte("x"), 1<<20)); err != nil {
 					t.Fatal(err)
 				}
 			}
 			fmt.Fprint(pipe, "\n")
-			for range 20_000 {
+			for range 3000 {
 				fmt.Fprint(pipe, "Eflood\n")
 			}
 			pipe.Close()
@@ -409,10 +404,10 @@ func TestServersLog(t *testing.T) {
 				t.Errorf("%d bytes: %.200q", len(line), line)
 			}
 		}
-		if n := strings.Count(h.Output(), "flood"); n > 5000 {
+		if n := strings.Count(h.Output(), "flood"); n > 1000 {
 			t.Errorf("%d lines of a flood", n)
 		}
-		if grown := helpertest.RSS(t, h.PID) - before; grown > helpertest.MemoryFactor*(64<<20) {
+		if grown := helpertest.RSS(t, h.PID) - before; grown > helpertest.MemoryFactor*(32<<20) {
 			t.Errorf("the supervisor grew by %d KiB", grown>>10)
 		}
 		c.Want(0, codec.Lstat, pathA)
