@@ -26,6 +26,7 @@ type Config struct {
 // Run is the server process. It gets its connections from the supervisor, and
 // ends when told to; or, should the supervisor be gone, with its last client.
 func (cfg *Config) Run(log *slog.Logger) error {
+	defer logging.FlushServer(log)
 	// They are the supervisor's; systemd sends them to all processes of a service.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	if err := CalmMonitor(); err != nil {

@@ -186,6 +186,12 @@ func (s *Server) finish(c *conn, end outcome) (closing func()) {
 	}
 	delete(s.turns, c)
 	s.leaving++
+	return s.closing(c, end, failed)
+}
+
+// closing returns what closes a connection, for the reason end, or failed if
+// that is not nil.
+func (s *Server) closing(c *conn, end outcome, failed error) func() {
 	return func() {
 		switch n := c.slot.Pending(); {
 		case failed != nil:

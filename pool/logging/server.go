@@ -46,6 +46,14 @@ func ForServer(level slog.Level) *slog.Logger {
 	return log
 }
 
+// FlushServer logs what the server has left out and dropped so far, before it ends.
+func FlushServer(log *slog.Logger) {
+	if h, ok := log.Handler().(*handler); ok {
+		h.limiter.tellAll()
+		h.put(slog.LevelWarn, nil)
+	}
+}
+
 // recordPipe is the server's end. The pipe is the queue.
 type recordPipe struct{ dropped atomic.Uint64 }
 
@@ -53,7 +61,7 @@ func (p *recordPipe) put(level slog.Level, text []byte) {
 	if n := p.dropped.Swap(0); n > 0 && !writeRecord(slog.LevelWarn, fmt.Appendf(nil, "%d lines dropped\n", n)) {
 		p.dropped.Add(n)
 	}
-	if !writeRecord(level, text) {
+	if len(text) > 0 && !writeRecord(level, text) {
 		p.dropped.Add(1)
 	}
 }
