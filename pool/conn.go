@@ -28,6 +28,7 @@ type conn struct {
 	number uint64 // in the log, never used again
 
 	recovered bool // what another server has left is done
+	told      bool // why it is closed is logged
 	turn      turn // good during a turn
 
 	pace   pace
@@ -142,6 +143,7 @@ func (c *conn) serveFrames() outcome {
 	for {
 		t, payload, ok, err := c.slot.Frame()
 		if err != nil {
+			c.told = true
 			c.log().Warn("connection closed: not the proxy protocol", "request", t.String(), "error", err)
 			return peerClosed
 		}
@@ -199,6 +201,7 @@ func (c *conn) answer(t codec.Type, size, sent int) outcome {
 func (c *conn) recover() outcome {
 	w, ok, err := c.slot.Recover()
 	if err != nil {
+		c.told = true
 		c.log().Error("connection closed", "error", err)
 		return peerClosed
 	}
@@ -215,6 +218,7 @@ func (c *conn) recover() outcome {
 		call.Out, call.FD = codec.AppendErrno(call.Out[:0], w.Type, unix.EIO), -1
 	}
 	if w.Sent > 0 && len(call.Out) != w.Total {
+		c.told = true
 		c.log().Error("connection closed: half of an answer was sent", "request", w.Type.String())
 		return peerClosed
 	}

@@ -196,7 +196,7 @@ func (s *Server) closing(c *conn, end outcome, failed error) func() {
 		switch n := c.slot.Pending(); {
 		case failed != nil:
 			c.log().Error("connection closed", "error", failed)
-		case end == peerClosed && n > 0:
+		case end == peerClosed && n > 0 && !c.told:
 			c.log().Warn("client left in the middle of a request", "bytes", n)
 		}
 		c.close(end == peerClosed)
