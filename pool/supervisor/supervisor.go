@@ -232,7 +232,7 @@ func (sv *supervisor) logStart() {
 	}
 	sv.log.Info("started", append([]any{"version", sv.Version, "workers", sv.Workers,
 		"sandbox", string(sv.Sandbox.Sandbox), "seccomp", string(sv.Sandbox.Seccomp),
-		"rootless", Rootless()}, where...)...)
+		"readonly", sv.Sandbox.ReadOnly, "rootless", Rootless()}, where...)...)
 }
 
 func (sv *supervisor) loop(signals <-chan os.Signal) error {
