@@ -340,8 +340,9 @@ func TestStoppedSupervisor(t *testing.T) {
 			vm.Want(0, codec.Lstat, pathA)
 			return connections(t, server) == 1
 		})
-		for range 20_000 { // more than a pipe holds
-			vm.Want(0, codec.Lstat, pathA)
+		long := codec.Request{Path: helpertest.Path("/" + strings.Repeat("./", 1000) + "a")}
+		for range 2000 { // more than a pipe holds
+			vm.Want(0, codec.Lstat, long)
 		}
 		h.Send(syscall.SIGCONT)
 		helpertest.Eventually(t, "the supervisor has heard", func() bool { return len(helpertest.FDs(t, h.PID)) <= had })
