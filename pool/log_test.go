@@ -458,7 +458,7 @@ func TestDebugLines(t *testing.T) {
 		one, two := h.Dial(), h.Dial()
 		one.Want(0, codec.Lstat, pathA)
 		two.Want(unix.ENOENT, codec.Lstat, codec.Request{Path: helpertest.Path("/secret")})
-		one.Do(codec.GetVersion, codec.Request{Path: helpertest.Path("/b")})
+		one.Do(codec.GetVersion, codec.Request{Path: helpertest.Path("/././b")})
 		short := frame(codec.Lstat, "/cut off")
 		binary.NativeEndian.PutUint32(short[4:], 4) // bytes of the payload
 		one.Send(short[:codec.HeaderSize+4])
@@ -475,7 +475,7 @@ func TestDebugLines(t *testing.T) {
 		own, _ := strconv.Atoi(number[1])
 		for _, want := range []string{
 			fmt.Sprintf(`msg="LSTAT connection=%d errno=ENOENT path=/secret"`, 3-own),
-			fmt.Sprintf(`msg="GETVERSION connection=%d path=/b"`, own),
+			fmt.Sprintf(`msg="GETVERSION connection=%d path=/././b"`, own),
 			fmt.Sprintf(`msg="LSTAT connection=%d errno=ENOBUFS"`, own),
 			fmt.Sprintf(`msg="SYMLINK connection=%d path=/d target=target"`, own),
 			fmt.Sprintf(`msg="RENAME connection=%d path=/d newpath=/e"`, own),
