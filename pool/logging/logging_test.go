@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -223,6 +224,20 @@ func TestServerLimits(t *testing.T) {
 	}
 }
 
+// countingSink counts the lines that could not be written.
+type countingSink struct {
+	sink
+	failed atomic.Int32
+}
+
+func (c *countingSink) write(level slog.Level, line []byte) error {
+	err := c.sink.write(level, line)
+	if err != nil {
+		c.failed.Add(1)
+	}
+	return err
+}
+
 // syslogd is a system log that a test starts, holds up and ends.
 func syslogd(t *testing.T, path string) *net.UnixConn {
 	t.Helper()
@@ -249,9 +264,11 @@ func next(t *testing.T, conn *net.UnixConn) string {
 // that does not read makes nobody wait.
 func TestSyslog(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
-	l := newLog(slog.LevelDebug, &syslog{tag: "tag", paths: []string{path + "-none", path}}, nil)
+	to := &countingSink{sink: &syslog{tag: "tag", paths: []string{path + "-none", path}}}
+	l := newLog(slog.LevelDebug, to, nil)
 	defer l.Close()
 	l.Info("before it is there", "a", 1)
+	eventually(t, "it can't be written", func() bool { return to.failed.Load() > 0 })
 	conn := syslogd(t, path)
 	form := regexp.MustCompile(`^<30>\w{3} [ \d]\d \d\d:\d\d:\d\d tag\[\d+\]: level=INFO msg="before it is there" a=1$`)
 	if s := next(t, conn); !form.MatchString(s) {
