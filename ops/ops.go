@@ -30,6 +30,7 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -128,7 +129,11 @@ type Call struct {
 	// to it, must not call Do again, and has to end.
 	Tainted bool
 
+	// Connection is the number in the log of what the request came on.
+	Connection uint64
+
 	req      codec.Request
+	decoded  bool   // req is this request's; kept for the log alone
 	switched bool   // the thread is not as others: between assume and restore, or in byName
 	uid      uint32 // that files are made as
 	stat     unix.Stat_t
@@ -165,7 +170,7 @@ func (fs *FS) Do(t codec.Type, payload []byte, c *Call) {
 func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	defer func() {
 		if p := recover(); p != nil {
-			fs.log.Error("panic in a request",
+			fs.log.Error("panic in a request", "connection", c.Connection,
 				"request", t.String(), "panic", p, "stack", string(debug.Stack()))
 			c.Tainted = c.Tainted || c.switched
 			if c.FD >= 0 {
@@ -177,9 +182,10 @@ func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	}()
 	if t == codec.GetVersion && !fs.versions {
 		c.Out = codec.AppendVersion(c.Out, 0) // as the C helper: without a look at the payload
+		c.decoded = fs.trace && c.req.Decode(t, payload)
 		return 0
 	}
-	if !c.req.Decode(t, payload) {
+	if c.decoded = c.req.Decode(t, payload); !c.decoded {
 		return unix.ENOBUFS
 	}
 	if fs.translates {
@@ -205,16 +211,26 @@ func Repeatable(t codec.Type, payload []byte) bool {
 	return false
 }
 
+// traceCall logs a request: its fields only if it had them all.
 func (fs *FS) traceCall(t codec.Type, c *Call, errno unix.Errno) {
-	attrs := []any{"path", string(c.req.Path)}
-	switch t {
-	case codec.Link, codec.Rename:
-		attrs = append(attrs, "newpath", string(c.req.NewPath))
-	case codec.Symlink:
-		attrs = append(attrs, "target", string(c.req.Target))
-	}
+	attrs := []any{"connection", c.Connection}
 	if errno != 0 {
 		attrs = append(attrs, "errno", unix.ErrnoName(errno))
+	}
+	text := func(key string, s codec.CString) {
+		before, _, _ := bytes.Cut(s, []byte{0}) // the call may have cut off slashes
+		attrs = append(attrs, key, string(before))
+	}
+	if c.decoded {
+		text("path", c.req.Path)
+		switch t {
+		case codec.Link, codec.Rename:
+			text("newpath", c.req.NewPath)
+		case codec.Symlink:
+			text("target", c.req.Target)
+		case codec.Lgetxattr, codec.Lsetxattr, codec.Lremovexattr:
+			text("name", c.req.Name)
+		}
 	}
 	fs.log.Debug(t.String(), attrs...)
 }

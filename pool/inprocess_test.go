@@ -184,7 +184,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Add(theirs, 0); err != nil {
+	if err := s.Add(theirs, 0, 1); err != nil {
 		t.Fatal(err)
 	}
 	type result struct {
@@ -214,7 +214,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 			s.Close()
 			if !ended() {
 				s = newInProcess(t)
-				if err := s.Add(keeps, 0); err != nil {
+				if err := s.Add(keeps, 0, 1); err != nil {
 					t.Fatal(err)
 				}
 				keeps = -1
@@ -291,7 +291,7 @@ func TestCollectedGarbage(t *testing.T) {
 		if err := unix.SetsockoptTimeval(ours, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Add(theirs, id); err != nil {
+		if err := s.Add(theirs, id, uint64(id)); err != nil {
 			t.Fatal(err)
 		}
 		clients.Go(func() {

@@ -13,6 +13,7 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/logging"
 )
 
 // Config is what a server process is to do.
@@ -25,23 +26,26 @@ type Config struct {
 // Run is the server process. It gets its connections from the supervisor, and
 // ends when told to; or, should the supervisor be gone, with its last client.
 func (cfg *Config) Run(log *slog.Logger) error {
+	defer logging.FlushServer(log)
 	// They are the supervisor's; systemd sends them to all processes of a service.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	if err := CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
 	}
+	ipc.NameProcess(ipc.ServerName)
 	control, memory := ipc.Inherited()
-	server, err := cfg.enter(control, memory, log)
+	gone := newOutbox(func(n goneConn) error { return control.SendGone(n.id, n.ended) })
+	server, err := cfg.enter(control, memory, gone, log)
 	if err != nil {
 		control.SendError(err)
-		return err
+		return logging.Told{Err: err}
 	}
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	handOver, err := control.Serve(func(fd int, id uint32) {
-		if err := server.Add(fd, id); err != nil {
-			log.Error("connection refused", "connection", id, "error", err)
+	handOver, err := control.Serve(func(fd int, id uint32, number uint64) {
+		if err := server.Add(fd, id, number); err != nil {
+			log.Error("connection refused", "connection", number, "error", err)
 		}
 	})
 	switch {
@@ -54,14 +58,17 @@ func (cfg *Config) Run(log *slog.Logger) error {
 		select {
 		case <-server.Drain():
 		case <-time.After(ipc.StopTime):
-			return fmt.Errorf("stopped with %d connections in work", server.Serving())
+			err := fmt.Errorf("stopped with %d connections in work", server.Serving())
+			log.Error("the server ends", "error", err)
+			return logging.Told{Err: err}
 		}
 	}
+	gone.flush()
 	return nil
 }
 
 // enter sandboxes this process and returns what serves its connections.
-func (cfg *Config) enter(control *ipc.Control, memory *os.File, log *slog.Logger) (*Server, error) {
+func (cfg *Config) enter(control *ipc.Control, memory *os.File, gone *outbox[goneConn], log *slog.Logger) (*Server, error) {
 	j, err := inflight.Map(memory)
 	if err != nil {
 		return nil, err
@@ -83,5 +90,5 @@ func (cfg *Config) enter(control *ipc.Control, memory *os.File, log *slog.Logger
 	if err != nil {
 		return nil, err
 	}
-	return NewServer(fs, j, cfg.Workers, func(id uint32, ended bool) { control.SendGone(id, ended) }, log)
+	return NewServer(fs, j, cfg.Workers, func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }, log)
 }

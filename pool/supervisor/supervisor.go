@@ -18,7 +18,6 @@ package supervisor
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -29,6 +28,7 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/logging"
 )
 
 // StartTime is how long a server may take until it is ready: hundreds of times
@@ -62,13 +62,14 @@ type Config struct {
 	Once           bool // leave with the last connection of Socket
 	PIDFile        string
 	LogLevel       slog.Level
+	Version        string // of this program, for the log
 }
 
 // Supervisor's other inputs, which depend on how it was started.
 type surroundings struct {
-	conn   *os.File         // the only connection; nil with a Socket
-	output func() io.Writer // for what it logs and servers print
-	ready  func() error     // called when connections are taken
+	conn  *os.File     // the only connection; nil with a Socket
+	log   *logging.Log // run closes it
+	ready func() error // called when connections are taken
 }
 
 // supervisor is a Config that runs. All is done on one goroutine (loop); others
@@ -77,12 +78,12 @@ type supervisor struct {
 	Config
 	surroundings
 	export   *os.File // the directory, O_PATH: each server gets the same one
-	log      *slog.Logger
 	name     *socketName
 	inflight *os.File
 	events   chan any // accepted, childMessage, ended or started
 
 	conns    map[uint32]*conn
+	numbered uint64        // connections so far
 	free     []uint32      // numbers
 	room     chan struct{} // a place for each connection that may come
 	servers  map[*server]bool
@@ -100,12 +101,17 @@ type supervisor struct {
 // conn is a connection. Its number is its slot in the in-flight memory.
 type conn struct {
 	fd     int
+	number uint64  // in the log, never used again
 	server *server // that serves it; nil while none does
+	waited bool    // for a server that had no room for it
 }
 
 // Events.
 type (
-	accepted     struct{ fd int }
+	accepted struct {
+		fd   int
+		peer []any // for the log
+	}
 	childMessage struct {
 		server *server
 		ipc.Message
@@ -123,18 +129,28 @@ type (
 	retry struct{ id uint32 }
 )
 
-// run keeps a server until a signal ends it, or the last connection does, and
-// logs the error that it ends with. An error before ready is one of starting.
+// run keeps a server until a signal ends it, or the last connection does. An
+// error before ready is the caller's to report; a later one is logged, and Told.
 func (c *Config) run(around surroundings) error {
-	log := NewLog(c.Path, c.LogLevel, around.output())
-	err := c.supervise(around, log)
-	if err != nil {
-		log.Error("the helper ends", "error", err)
+	defer around.log.Close()
+	ipc.NameProcess(ipc.SupervisorName)
+	started := false
+	ready := around.ready
+	around.ready = func() error {
+		err := ready()
+		started = err == nil
+		return err
+	}
+	err := c.supervise(around)
+	if err != nil && started {
+		around.log.Error("the helper ends", "error", err)
+		return logging.Told{Err: err}
 	}
 	return err
 }
 
-func (c *Config) supervise(around surroundings, log *slog.Logger) error {
+func (c *Config) supervise(around surroundings) error {
+	log := around.log
 	export, err := openExport(c.Path)
 	if err != nil {
 		return err
@@ -155,7 +171,6 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		Config:       *c,
 		surroundings: around,
 		export:       export,
-		log:          log,
 		events:       make(chan any),
 		conns:        make(map[uint32]*conn),
 		room:         make(chan struct{}, c.MaxConnections),
@@ -179,7 +194,7 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		if err != nil {
 			return err
 		}
-		defer file.remove(log)
+		defer file.remove(log.Logger)
 	}
 	if sv.program, err = openProgram("/proc/self/exe"); err != nil {
 		return err
@@ -193,7 +208,7 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
 	if sv.name != nil {
-		if err := sv.name.publish(log, sv.accept); err != nil {
+		if err := sv.name.publish(log.Logger, sv.accept); err != nil {
 			return err
 		}
 	} else {
@@ -203,12 +218,24 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 			return err
 		}
 		sv.conn.Close()
-		sv.add(fd)
+		sv.add(fd, peerAttrs(fd))
 	}
 	if err := sv.ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
 	}
+	sv.logStart()
 	return sv.loop(signals)
+}
+
+// logStart says once what is served, and how.
+func (sv *supervisor) logStart() {
+	where := []any{"socket", sv.Socket, "max_connections", sv.MaxConnections}
+	if sv.name == nil {
+		where = []any{"fd", sv.FD}
+	}
+	sv.log.Info("started", append([]any{"version", sv.Version, "workers", sv.Workers,
+		"sandbox", string(sv.Sandbox.Sandbox), "seccomp", string(sv.Sandbox.Seccomp),
+		"readonly", sv.Sandbox.ReadOnly, "rootless", Rootless()}, where...)...)
 }
 
 func (sv *supervisor) loop(signals <-chan os.Signal) error {
@@ -250,7 +277,7 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
-		sv.add(e.fd)
+		sv.add(e.fd, e.peer)
 	case childMessage:
 		sv.onChildMessage(e.server, e.Message)
 	case ended:
@@ -265,7 +292,7 @@ func (sv *supervisor) handle(event any) {
 }
 
 // add takes a connection that room has been made for.
-func (sv *supervisor) add(fd int) {
+func (sv *supervisor) add(fd int, peer []any) {
 	id := sv.free[len(sv.free)-1]
 	if err := inflight.Clear(sv.inflight, id); err != nil {
 		sv.log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
@@ -275,9 +302,10 @@ func (sv *supervisor) add(fd int) {
 	}
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
-	c := &conn{fd: fd}
+	sv.numbered++
+	c := &conn{fd: fd, number: sv.numbered}
 	sv.conns[id] = c
-	sv.log.Info("client connected", "connection", id)
+	sv.log.Info("client connected", append([]any{"connection", c.number}, peer...)...)
 	sv.assign(id, c)
 }
 
@@ -289,15 +317,20 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 		return
 	}
 	// A server that is gone is noticed in time. The loop waits for none.
-	err := c.server.control.SendConn(ipc.Conn, id, c.fd, unix.MSG_DONTWAIT)
+	err := c.server.control.SendNewConn(id, c.number, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
-		sv.log.Warn("connection not yet served", "connection", id, "error", err)
-		sv.retryAssign(id, c)
+		sv.retryAssign(id, c, "error", err)
 	}
 }
 
-func (sv *supervisor) retryAssign(id uint32, c *conn) {
+// retryAssign gives a connection to the server some time later, which is logged
+// once for each connection.
+func (sv *supervisor) retryAssign(id uint32, c *conn, because ...any) {
 	c.server = nil
+	if !c.waited {
+		c.waited = true
+		sv.log.Warn("connection not yet served", append(because, "connection", c.number)...)
+	}
 	time.AfterFunc(noRoomPause, func() { sv.events <- retry{id} })
 }
 
@@ -317,12 +350,11 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 		sv.free = append(sv.free, id)
 		unix.Close(c.fd)
 		<-sv.room
-		sv.log.Info("client left", "connection", id)
+		sv.log.Info("client left", "connection", c.number)
 	case ipc.Returned:
 		sv.assign(id, c)
 	case ipc.NoRoom:
-		sv.log.Warn("the server has no descriptor left for a connection", "connection", id)
-		sv.retryAssign(id, c)
+		sv.retryAssign(id, c, "error", "the server has no descriptor left for it")
 	}
 }
 
@@ -446,6 +478,7 @@ func (sv *supervisor) killServers() {
 // there is no descriptor or memory for them.
 func (sv *supervisor) accept(listener int) {
 	defer unix.Close(listener)
+	var told error // of what accept4 says now
 	for {
 		// No place is taken before a client is there: another listener's may wait.
 		fds := []unix.PollFd{{Fd: int32(listener), Events: unix.POLLIN}}
@@ -461,7 +494,8 @@ func (sv *supervisor) accept(listener int) {
 		}
 		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
 		if err == nil {
-			sv.events <- accepted{fd}
+			told = nil
+			sv.events <- accepted{fd, peerAttrs(fd)}
 			continue
 		}
 		<-sv.room
@@ -470,7 +504,10 @@ func (sv *supervisor) accept(listener int) {
 			return
 		case unix.EINTR, unix.ECONNABORTED:
 		default:
-			sv.log.Warn("can't accept a connection yet", "error", err)
+			if err != told {
+				told = err
+				sv.log.Warn("can't accept a connection yet", "error", err)
+			}
 			time.Sleep(noRoomPause)
 		}
 	}

@@ -68,7 +68,7 @@ func TestRefusals(t *testing.T) {
 			if status != 1 || !strings.HasPrefix(last, "virtfs-proxy-helper: ") || !strings.Contains(last, c.says) {
 				t.Errorf("%q: status %d, said %q, not %q", args, status, out, c.says)
 			}
-			if args[0] != "-n" && strings.Count(out, "\n") != 1 {
+			if strings.Count(out, "\n") != 1 {
 				t.Errorf("%q: not one line: %q", args, out)
 			}
 		}
