@@ -68,7 +68,9 @@ func (cfg *Config) Run(log *slog.Logger) error {
 }
 
 // enter sandboxes this process and returns what serves its connections.
-func (cfg *Config) enter(control *ipc.Control, memory *os.File, gone *outbox[goneConn], log *slog.Logger) (*Server, error) {
+func (cfg *Config) enter(
+	control *ipc.Control, memory *os.File, gone *outbox[goneConn], log *slog.Logger,
+) (*Server, error) {
 	j, err := inflight.Map(memory)
 	if err != nil {
 		return nil, err
@@ -90,5 +92,6 @@ func (cfg *Config) enter(control *ipc.Control, memory *os.File, gone *outbox[gon
 	if err != nil {
 		return nil, err
 	}
-	return NewServer(fs, j, cfg.Workers, func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }, log)
+	tell := func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }
+	return NewServer(fs, j, cfg.Workers, tell, log)
 }

@@ -7,6 +7,7 @@
 // next one goes on with all connections: QEMU itself never reconnects.
 //
 //	supervisor.go  the supervisor's life: connections and servers come and go
+//	peer.go      the process at the other end of a connection, for the log
 //	child.go     a server as the supervisor sees it: started, watched, ended
 //	socket.go     the socket's name: claimed, put back, given up
 //	pidfile.go    the pidfile: made, replaced, removed
