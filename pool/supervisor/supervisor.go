@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/signal"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -164,8 +163,7 @@ func (c *Config) supervise(around surroundings) error {
 	if err := sandbox.Descriptors(c.descriptors()); err != nil {
 		log.Warn("VMs may be told EMFILE", "error", err)
 	}
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	signals := catchSignals()
 
 	sv := &supervisor{
 		Config:       *c,
