@@ -88,8 +88,8 @@ func beHostile(dir string) error {
 			if err != nil || n == 0 {
 				return fmt.Errorf("receive %d bytes: %w", n, err)
 			}
-			if n == 5 && msg[0] == 'c' {
-				copy(conn, msg[1:])
+			if n >= 5 && msg[0] == 'c' {
+				copy(conn, msg[1:5])
 			}
 		}
 		if s.Give != "" {
