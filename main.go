@@ -20,6 +20,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -32,19 +33,7 @@ import (
 )
 
 func main() {
-	opts, err := parseOptions(os.Args[1:])
-	switch role := supervisor.CurrentRole(); {
-	case errors.Is(err, errDone):
-		return
-	case err != nil:
-	case role == supervisor.RoleServer:
-		err = opts.server.Run(logging.ForServer(opts.LogLevel))
-	case role == supervisor.RoleSupervisor:
-		err = opts.RunDetached()
-	default:
-		err = opts.Start(opts.nodaemon)
-	}
-	if err != nil {
+	if err := run(os.Args[1:]); err != nil && !errors.Is(err, errDone) {
 		if !errors.As(err, &logging.Told{}) {
 			logging.Complain(supervisor.Name, err)
 		}
@@ -52,13 +41,30 @@ func main() {
 	}
 }
 
+func run(args []string) error {
+	role, err := supervisor.CurrentRole()
+	if err != nil {
+		return err
+	}
+	if role == supervisor.RoleServer { // it is told what to do by its supervisor alone
+		return pool.Run()
+	}
+	opts, err := parseOptions(args)
+	switch {
+	case err != nil:
+		return err
+	case role == supervisor.RoleSupervisor:
+		return opts.RunDetached()
+	}
+	return opts.Start(opts.nodaemon)
+}
+
 // errDone says that the options have been answered: --help, --version.
 var errDone = errors.New("done")
 
-// options are what all roles are told by their arguments.
+// options are what the command and the supervisor are told by their arguments.
 type options struct {
 	supervisor.Config
-	server   pool.Config
 	nodaemon bool
 }
 
@@ -96,10 +102,10 @@ func parseOptions(args []string) (*options, error) {
 	f.BoolVar(&o.Once, "once", false, "leave when the last client of NAME has left (with -f always so)")
 	f.IntVar(&o.Workers, "workers", 64, "at most `N` requests in the file system at once, of 1 to 1024")
 	f.IntVar(&o.MaxConnections, "max-connections", 1024, "at most `N` VMs at once, of 1 to 65536; more wait until one leaves")
-	f.BoolVar(&o.server.FS.ReadOnly, "readonly", false, "let no request change anything: EROFS, as on a read-only mount")
-	f.Var(&o.server.FS.UIDs, "translate-uid", "translate user ids, in virtiofsd's notation; may be repeated. `MAP` is map:GUEST:HOST:COUNT,\n"+
+	f.BoolVar(&o.Server.FS.ReadOnly, "readonly", false, "let no request change anything: EROFS, as on a read-only mount")
+	f.Var(&o.Server.FS.UIDs, "translate-uid", "translate user ids, in virtiofsd's notation; may be repeated. `MAP` is map:GUEST:HOST:COUNT,\n"+
 		"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\nsquash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
-	f.Var(&o.server.FS.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
+	f.Var(&o.Server.FS.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
 	f.StringVar((*string)(&o.Sandbox.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
 	f.StringVar((*string)(&o.Sandbox.Seccomp), "seccomp", "kill", "kill a server that makes a system call it has no use for; for debugging, log it or do none of that: `HOW`")
 	f.StringVar(&o.PIDFile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
@@ -133,7 +139,7 @@ func parseOptions(args []string) (*options, error) {
 		return bad("nowhere to serve: give --socket with --uid and --gid, or --fd")
 	case f.Changed("socket") && o.Socket == "":
 		return bad("--socket: the name is empty")
-	case f.Changed("fd") && o.FD < 0:
+	case f.Changed("fd") && (o.FD < 0 || o.FD > math.MaxInt32):
 		return bad("--fd %d: not a descriptor", o.FD)
 	case f.Changed("socket") && (!f.Changed("uid") || !f.Changed("gid")) && os.Geteuid() == 0 && !supervisor.Rootless():
 		return bad("--socket needs --uid and --gid: who may connect")
@@ -151,7 +157,7 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--seccomp %q: not one of kill, log, none", o.Sandbox.Seccomp)
 	}
 	o.UID, o.GID, o.Version = int(uid), int(gid), buildVersion()
-	o.Sandbox.ReadOnly = o.server.FS.ReadOnly
+	o.Sandbox.ReadOnly = o.Server.FS.ReadOnly
 	if o.PIDFile != "" { // the daemon leaves this directory before it removes the file
 		if o.PIDFile, err = filepath.Abs(o.PIDFile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)
@@ -160,7 +166,8 @@ func parseOptions(args []string) (*options, error) {
 	if err := o.LogLevel.UnmarshalText([]byte(level)); err != nil {
 		return bad("--log-level %q: not one of debug, info, warn, error", level)
 	}
-	o.server.Sandbox, o.server.Workers = o.Sandbox, o.Workers
+	o.Server.LogLevel = o.LogLevel
+	o.Server.Sandbox, o.Server.Workers = o.Sandbox, o.Workers
 	return o, nil
 }
 

@@ -55,7 +55,7 @@ func TestOptions(t *testing.T) {
 	if !o.nodaemon || o.FD != 3 || o.Workers != 1024 || o.LogLevel != slog.LevelWarn {
 		t.Errorf("%q: %+v", more, o)
 	}
-	if !o.server.FS.ReadOnly || !o.server.Sandbox.ReadOnly || o.server.Workers != 1024 {
+	if !o.Server.FS.ReadOnly || !o.Server.Sandbox.ReadOnly || o.Server.Workers != 1024 {
 		t.Errorf("%q: %+v", more, o)
 	}
 	if !filepath.IsAbs(o.PIDFile) {

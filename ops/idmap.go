@@ -131,6 +131,23 @@ func addRange(ranges []idRange, r idRange) ([]idRange, error) {
 // String returns the translations as they were given.
 func (m *IDMap) String() string { return strings.Join(m.given, ",") }
 
+// MarshalText returns what UnmarshalText, in another process, makes the same of.
+func (m IDMap) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText is Set for each translation.
+func (m *IDMap) UnmarshalText(text []byte) error {
+	*m = IDMap{}
+	if len(text) == 0 {
+		return nil
+	}
+	for s := range strings.SplitSeq(string(text), ",") {
+		if err := m.Set(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Type is what pflag calls the value.
 func (m *IDMap) Type() string { return "map" }
 

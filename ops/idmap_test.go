@@ -1,6 +1,8 @@
 package ops
 
 import (
+	"encoding/json"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -103,5 +105,28 @@ func TestIDMapErrors(t *testing.T) {
 	m.Set("map:100:55:1")
 	if id, ok := m.host(100); id != 100 || !ok || m.String() != "host:50:0:10" {
 		t.Errorf("%d, %v, %q", id, ok, m.String())
+	}
+}
+
+// A map goes to another process as text, and is the same there.
+func TestIDMapAsText(t *testing.T) {
+	var m, same IDMap
+	for _, s := range []string{"map:0:100000:65536", "host:5:7:1", "squash-guest:70000:5:9", "forbid-guest:80000:5"} {
+		if err := m.Set(s); err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal(m)
+		if err == nil {
+			err = json.Unmarshal(b, &same)
+		}
+		if err != nil || !reflect.DeepEqual(m, same) {
+			t.Errorf("%v: %v, became %v", m, err, same)
+		}
+	}
+	if err := json.Unmarshal([]byte(`""`), &same); err != nil || !reflect.DeepEqual(same, IDMap{}) {
+		t.Errorf("%v, %v", err, same)
+	}
+	if err := json.Unmarshal([]byte(`"map:0:0:1,map:0:0:1"`), &same); err == nil {
+		t.Error("no error for what Set refuses")
 	}
 }

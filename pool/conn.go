@@ -121,11 +121,10 @@ func (c *conn) take() outcome {
 // visit is what comes of bytes on a loop: it serves what there is, with the
 // loop's buffers.
 func (c *conn) visit(t *turn) outcome {
-	n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT)
-	switch {
-	case errno == unix.EAGAIN || errno == unix.EINTR:
+	switch n := received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT)); {
+	case n == 0:
 		return idle
-	case n <= 0:
+	case n < 0:
 		return peerClosed
 	}
 	c.turn = *t

@@ -16,24 +16,35 @@ import (
 	"virtfs-proxy-helper/pool/logging"
 )
 
-// Config is what a server process is to do.
+// Config is what a server process is to do. The supervisor sends it.
 type Config struct {
-	FS      ops.Options
-	Sandbox sandbox.Config
-	Workers int // requests in the file system at once
+	LogLevel slog.Level
+	FS       ops.Options
+	Sandbox  sandbox.Config
+	Workers  int // requests in the file system at once
 }
 
-// Run is the server process. It gets its connections from the supervisor, and
-// ends when told to; or, should the supervisor be gone, with its last client.
-func (cfg *Config) Run(log *slog.Logger) error {
-	defer logging.FlushServer(log)
+// Run is the server process. It gets from the supervisor what it is to do, and
+// its connections, and ends when told to; or, should the supervisor be gone,
+// with its last client.
+func Run() error {
 	// They are the supervisor's; systemd sends them to all processes of a service.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	control, memory, err := ipc.Inherited()
+	if err != nil {
+		return err
+	}
+	cfg := &Config{}
+	if err := control.RecvConfig(cfg); err != nil {
+		control.SendError(err)
+		return err
+	}
+	log := logging.ForServer(cfg.LogLevel)
+	defer logging.FlushServer(log)
 	if err := CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
 	}
 	ipc.NameProcess(ipc.ServerName)
-	control, memory := ipc.Inherited()
 	gone := newOutbox(func(n goneConn) error { return control.SendGone(n.id, n.ended) })
 	server, err := cfg.enter(control, memory, gone, log)
 	if err != nil {
@@ -43,10 +54,12 @@ func (cfg *Config) Run(log *slog.Logger) error {
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	handOver, err := control.Serve(func(fd int, id uint32, number uint64) {
-		if err := server.Add(fd, id, number); err != nil {
+	handOver, err := control.Serve(func(fd int, id uint32, number uint64) error {
+		err := server.Add(fd, id, number)
+		if err != nil {
 			log.Error("connection refused", "connection", number, "error", err)
 		}
+		return err
 	})
 	switch {
 	case err != nil:

@@ -78,7 +78,7 @@ func (c *conn) spin() int {
 	for until := nanotime() + spinFor.Nanoseconds(); ; {
 		for range 8 {
 			if n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT); errno != unix.EAGAIN {
-				return leftIfNone(n)
+				return received(n, errno)
 			}
 		}
 		if nanotime() > until {
@@ -88,15 +88,12 @@ func (c *conn) spin() int {
 }
 
 func (c *conn) sleep() int {
+	// At EINTR the runtime wants this thread to stop: it can, in doze.
 	n, errno := c.slot.Receive(c.fd, 0)
-	switch errno {
-	case unix.EINTR: // the runtime wants this thread to stop: it can, in doze
-		return 0
-	case unix.EAGAIN:
+	if errno == unix.EAGAIN {
 		c.pace.busy = false
-		return 0
 	}
-	return leftIfNone(n)
+	return received(n, errno)
 }
 
 func (c *conn) doze() int {
@@ -105,18 +102,20 @@ func (c *conn) doze() int {
 		return 0
 	}
 	c.pace.busy = nanotime()-began < sleepFor.Nanoseconds()
-	n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT)
-	if errno == unix.EAGAIN || errno == unix.EINTR {
-		return 0
-	}
-	return leftIfNone(n)
+	return received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT))
 }
 
-func leftIfNone(n int) int {
-	if n == 0 {
-		return -1
+// received returns what comes of a receive: a client has left at the end of its
+// stream, and a connection that can't be received from is none; what the kernel
+// lacks now it has later.
+func received(n int, errno unix.Errno) int {
+	switch {
+	case errno == 0 && n > 0:
+		return n
+	case errno == unix.EAGAIN, errno == unix.EINTR, errno == unix.ENOMEM, errno == unix.ENOBUFS:
+		return 0
 	}
-	return n
+	return -1
 }
 
 // crowd knows who is busy. With many connections that ask for a part of all

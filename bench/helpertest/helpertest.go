@@ -121,6 +121,7 @@ type Command struct {
 	Cred  *syscall.Credential // nil means root without supplementary groups
 	Env   []string
 	Dir   string
+	Stdin string // a file; /dev/null, if empty
 }
 
 // Process is a process that Start has started. It is terminated when the test
@@ -153,6 +154,14 @@ func Start(tb testing.TB, c Command) *Process {
 	}
 	cmd := exec.Command(c.Path, c.Args...)
 	cmd.Stdout, cmd.Stderr = log, log
+	if c.Stdin != "" {
+		stdin, err := os.OpenFile(c.Stdin, os.O_RDWR|unix.O_NOCTTY, 0)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		defer stdin.Close()
+		cmd.Stdin = stdin
+	}
 	cmd.ExtraFiles = c.Files
 	cmd.Env = append(os.Environ(), c.Env...)
 	cmd.Dir = c.Dir

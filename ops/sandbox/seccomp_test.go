@@ -71,6 +71,10 @@ func attempts() []attempt {
 // filteredChild is the child of the tests below: it hands its violations to
 // the parent, tries what is not on the list, and prints "name: errno" for each.
 func filteredChild(mode string) {
+	if mode == supervisorMode {
+		supervisorChild()
+		return
+	}
 	calls := attempts()
 	// Threads that are there before the filter are under it, too.
 	work, done := make(chan attempt), make(chan unix.Errno)
@@ -242,5 +246,94 @@ func TestArchitectures(t *testing.T) {
 	}
 	if _, err := list("arm64", [][]string{{"epoll_create"}}, nil); err == nil {
 		t.Error("a call that arm64 lacks is left out without a word")
+	}
+}
+
+// nobodys are calls that neither process has a use for, and that change the
+// kernel, other processes or this one's walls. No list may ever name one.
+var nobodys = []string{
+	"ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "pidfd_getfd", "kcmp",
+	"bpf", "perf_event_open", "userfaultfd", "lookup_dcookie", "io_uring_setup", "io_uring_enter", "io_uring_register",
+	"init_module", "finit_module", "delete_module", "create_module", "kexec_load",
+	"kexec_file_load", "reboot",
+	"iopl", "ioperm", "modify_ldt", "syslog", "acct", "quotactl", "quotactl_fd", "swapon",
+	"swapoff", "nfsservctl", "uselib",
+	"settimeofday", "clock_settime", "clock_adjtime", "adjtimex", "sethostname",
+	"setdomainname", "vhangup", "personality",
+	"add_key", "keyctl", "request_key", "setns", "open_by_handle_at", "fanotify_init", "fanotify_mark",
+	"fsopen", "fsconfig", "fsmount", "fspick", "setfsuid", "setfsgid", "setreuid", "setregid",
+	"mbind", "migrate_pages", "move_pages",
+	"landlock_create_ruleset", "memfd_secret", "msgget", "semget", "shmget", "shmat",
+	"mq_open", "timer_create", "ustat", "sysfs",
+}
+
+// supervisors are calls that start servers and make names: no server has them.
+var supervisors = []string{
+	"execve", "execveat", "fork", "vfork", "mount", "umount2", "pivot_root", "chroot", "open_tree",
+	"move_mount", "mount_setattr", "socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "seccomp",
+	"kill", "tkill", "pidfd_open", "pidfd_send_signal",
+	"memfd_create", "prlimit64", "setrlimit", "setgroups", "setuid", "setgid", "setsid", "setpgid", "inotify_init1",
+	"openat2", "dup", "dup2", "dup3",
+	"getdents64", "fallocate", "ftruncate", "wait4", "waitid", "mremap", "umask",
+}
+
+const supervisorMode = "supervisor"
+
+// supervisorChild tries what no list names under the supervisor's list.
+func supervisorChild() {
+	if err := (Config{Seccomp: SeccompKill}).filterSupervisor(); err != nil {
+		panic(err)
+	}
+	known, err := arch.GetInfo("")
+	if err != nil {
+		panic(err)
+	}
+	for _, name := range nobodys {
+		if nr, ok := known.SyscallNames[name]; ok && name != "vhangup" { // which would hang up
+			_, _, errno := unix.RawSyscall6(uintptr(nr), noFD, noFD, noFD, noFD, noFD, noFD)
+			fmt.Printf("%s: %d\n", name, errno)
+		}
+	}
+}
+
+// The lists have what their processes need, and no more than that.
+func TestLists(t *testing.T) {
+	for list, c := range map[string]struct {
+		groups []seccomp.SyscallGroup
+		never  []string
+	}{
+		"supervisor": {mustList(supervisorCalls(runtime.GOARCH)), nobodys},
+		"server":     {mustList(serverCalls(runtime.GOARCH)), slices.Concat(nobodys, supervisors)},
+	} {
+		for _, group := range c.groups {
+			if group.Action != seccomp.ActionAllow {
+				continue
+			}
+			names := slices.Clone(group.Names)
+			for _, n := range group.NamesWithCondtions {
+				names = append(names, n.Name)
+			}
+			for _, name := range names {
+				if slices.Contains(c.never, name) {
+					t.Errorf("the %s's list names %s", list, name)
+				}
+			}
+		}
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = []string{childEnv + "=" + supervisorMode}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	tried := 0
+	for line := range strings.Lines(string(out)) {
+		tried++
+		if !strings.HasSuffix(line, fmt.Sprintf(": %d\n", int(unix.ENOSYS))) {
+			t.Errorf("under the supervisor's list: %s", line)
+		}
+	}
+	if tried < 40 {
+		t.Errorf("only %d calls tried", tried)
 	}
 }

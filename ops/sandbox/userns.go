@@ -47,7 +47,10 @@ func RunRootless(cmd *exec.Cmd, tell func(fd int), log *slog.Logger) (status int
 		cmd.SysProcAttr.AmbientCaps = append(cmd.SysProcAttr.AmbientCaps, uintptr(v))
 	}
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	if !signal.Ignored(unix.SIGHUP) { // by nohup(1), for cmd as well
+		signal.Notify(signals, unix.SIGHUP)
+	}
 	runtime.LockOSThread() // Pdeathsig means the thread
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {

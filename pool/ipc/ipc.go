@@ -4,6 +4,7 @@ package ipc
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,11 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// Version is that of the messages, of the descriptors and of the memory that a
+// server is started with. A program serves for a supervisor of its own version
+// only.
+const Version = "2"
 
 // Control is one end of the socket pair (SOCK_SEQPACKET) between the supervisor
 // and a server. Each message is its kind and what follows.
@@ -22,12 +28,13 @@ type Kind byte
 
 // To the server.
 const (
+	Config   Kind = 'C' // the first message: what to serve, in JSON
 	Conn     Kind = 'c' // serve connection u32, u64 in the log, with its descriptor
 	Stop     Kind = 's' // end all connections and leave
 	HandOver Kind = 'h' // give all connections back and leave
 )
 
-// To the supervisor.
+// To the supervisor, which has a table of what a server may say when.
 const (
 	Filter   Kind = 'f' // its violations, by descriptor, are to be supervised
 	Ready    Kind = 'r' // connections are taken
@@ -35,9 +42,14 @@ const (
 	Ended    Kind = 'x' // connection u32 has ended
 	Returned Kind = 'b' // connection u32 is given back, for another server
 	NoRoom   Kind = 'n' // connection u32 has come without its descriptor
+	Refused  Kind = 'd' // connection u32 can't be served, by no server
 )
 
-const maxMessage = 4096
+// Sizes of messages. A server's answer about a connection has 5 bytes.
+const (
+	maxMessage = 4096
+	maxConfig  = 1 << 16
+)
 
 // StopTime is how long requests in work may take after SIGTERM.
 const StopTime = 10 * time.Second
@@ -61,11 +73,44 @@ const (
 // Extra returns the files for exec.Cmd.ExtraFiles.
 func (f Files) Extra() []*os.File { return []*os.File{f.Control, f.Inflight, f.Program} }
 
-// Inherited returns what this process, a server, was started with. The program
-// is closed: nobody needs it any more.
-func Inherited() (control *Control, inflight *os.File) {
+// Inherited returns what this process, a server, was started with, and fails in
+// a process that no supervisor has started. The program is closed: nobody needs
+// it any more.
+func Inherited() (control *Control, inflight *os.File, err error) {
+	if control, err = inheritedControl(); err != nil {
+		return nil, nil, err
+	}
 	unix.Close(ProgramFD)
-	return &Control{inherited(controlFD, "control")}, inherited(inflightFD, "inflight")
+	return control, inherited(inflightFD, "inflight"), nil
+}
+
+// Refuse tells the supervisor, should one have started this process, why that
+// is no server.
+func Refuse(why error) {
+	if control, err := inheritedControl(); err == nil {
+		control.SendError(why)
+	}
+}
+
+// inheritedControl returns the end of a socket pair that the parent of this
+// process has made, as the same user.
+func inheritedControl() (*Control, error) {
+	kind, err := unix.GetsockoptInt(controlFD, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil || kind != unix.SOCK_SEQPACKET {
+		return nil, fmt.Errorf("descriptor %d is no supervisor's socket: "+
+			"a server is started by a supervisor, and by nothing else", controlFD)
+	}
+	peer, err := unix.GetsockoptUcred(controlFD, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return nil, fmt.Errorf("descriptor %d: peer of the control socket: %w", controlFD, err)
+	}
+	// Both numbers are 0 in a PID namespace of the server's own.
+	if int(peer.Pid) != os.Getppid() || int(peer.Uid) != os.Geteuid() {
+		return nil, fmt.Errorf("descriptor %d is a socket of process %d, user %d: "+
+			"a server is started by its supervisor, and by nothing else",
+			controlFD, peer.Pid, peer.Uid)
+	}
+	return &Control{inherited(controlFD, "control")}, nil
 }
 
 // New returns both ends; theirs is the one for the server.
@@ -87,29 +132,41 @@ func (c *Control) Close() error { return c.file.Close() }
 
 // Shutdown ends what can be received, after what has come already.
 func (c *Control) Shutdown() {
-	if raw, err := c.file.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
-	}
+	c.use(func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
 }
 
-// Send sends a message. The end may be closed meanwhile: its descriptor stays
-// until this returns.
-func (c *Control) Send(k Kind, body, oob []byte, flags int) error {
-	msg := append([]byte{byte(k)}, body...)
+// RefuseDescriptors has the kernel refuse what the other side attaches to its
+// messages from now on, where it can (Linux 6.16): a descriptor may be one whose
+// last close waits, and whoever drops it waits then.
+func (c *Control) RefuseDescriptors() {
+	const soPassRights = 83
+	c.use(func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, soPassRights, 0) })
+}
+
+// use calls f with the descriptor, which stays what it is until f returns, even
+// if this end is closed meanwhile.
+func (c *Control) use(f func(fd int) error) error {
 	raw, err := c.file.SyscallConn()
 	if err != nil {
 		return err
 	}
-	closed := raw.Control(func(fd uintptr) {
-		err = unix.EINTR
-		for err == unix.EINTR {
-			err = unix.Sendmsg(int(fd), msg, oob, nil, unix.MSG_NOSIGNAL|flags)
-		}
-	})
+	closed := raw.Control(func(fd uintptr) { err = f(int(fd)) })
 	if closed != nil {
 		return os.ErrClosed
 	}
 	return err
+}
+
+// Send sends a message.
+func (c *Control) Send(k Kind, body, oob []byte, flags int) error {
+	msg := append([]byte{byte(k)}, body...)
+	return c.use(func(fd int) error {
+		for {
+			if err := unix.Sendmsg(fd, msg, oob, nil, unix.MSG_NOSIGNAL|flags); err != unix.EINTR {
+				return err
+			}
+		}
+	})
 }
 
 // SendConn sends a message about a connection, with its descriptor unless that
@@ -135,6 +192,9 @@ type Message struct {
 	Kind Kind
 	Body []byte
 	FD   int // -1 for none
+	// Cut says that there was more than there was room for: bytes or
+	// descriptors, which are closed.
+	Cut bool
 }
 
 // Conn returns the connection that the message is about.
@@ -153,28 +213,109 @@ func (m Message) Number() uint64 {
 	return binary.NativeEndian.Uint64(m.Body[4:])
 }
 
-// Recv returns a message; io.EOF when the other side has gone.
-func (c *Control) Recv() (Message, error) {
-	msg := make([]byte, maxMessage)
-	oob := make([]byte, unix.CmsgSpace(4))
-	for {
-		n, oobn, _, _, err := unix.Recvmsg(int(c.file.Fd()), msg, oob, unix.MSG_CMSG_CLOEXEC)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err == unix.ECONNRESET || err == nil && n == 0:
-			return Message{}, io.EOF
-		case err != nil:
-			return Message{}, err
-		}
-		m := Message{Kind(msg[0]), msg[1:n], -1}
-		if cmsgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(cmsgs) == 1 {
-			if fds, err := unix.ParseUnixRights(&cmsgs[0]); err == nil && len(fds) == 1 {
-				m.FD = fds[0]
+// Close closes the descriptor, if there is one.
+func (m Message) Close() {
+	if m.FD >= 0 {
+		unix.Close(m.FD)
+	}
+}
+
+// Recv returns a message with room for so many descriptors, none or one; io.EOF
+// when the other side has gone. Of what else comes with it nothing stays open.
+// An empty message has the kind 0.
+func (c *Control) Recv(descriptors int) (Message, error) { return c.recv(maxMessage, descriptors) }
+
+func (c *Control) recv(size, descriptors int) (m Message, err error) {
+	msg := make([]byte, size)
+	var oob []byte
+	if descriptors > 0 {
+		// CmsgSpace has room for two.
+		oob = make([]byte, unix.CmsgLen(4*descriptors))
+	}
+	var n, oobn, flags int
+	err = c.use(func(fd int) error {
+		for {
+			n, oobn, flags, _, err = unix.Recvmsg(fd, msg, oob, unix.MSG_CMSG_CLOEXEC)
+			switch {
+			case err == unix.EINTR:
+				continue
+			case err == unix.ECONNRESET || err == nil && n == 0 && oobn == 0 && hungUp(fd):
+				return io.EOF
 			}
+			return err
 		}
+	})
+	if err != nil {
+		return Message{}, err
+	}
+	m = Message{FD: -1, Cut: flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0}
+	if n > 0 {
+		m.Kind, m.Body = Kind(msg[0]), msg[1:n]
+	}
+	fds := descriptorsIn(oob[:oobn])
+	if len(fds) == 1 && !m.Cut {
+		m.FD = fds[0]
 		return m, nil
 	}
+	for _, fd := range fds {
+		unix.Close(fd)
+		m.Cut = true
+	}
+	return m, nil
+}
+
+// hungUp tells the end of the stream from an empty message.
+func hungUp(fd int) bool {
+	for {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		if _, err := unix.Poll(fds, 0); err != unix.EINTR {
+			return err != nil || fds[0].Revents != 0
+		}
+	}
+}
+
+// descriptorsIn returns all descriptors of all control messages.
+func descriptorsIn(oob []byte) (fds []int) {
+	cmsgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	for i := range cmsgs {
+		if some, err := unix.ParseUnixRights(&cmsgs[i]); err == nil {
+			fds = append(fds, some...)
+		}
+	}
+	return fds
+}
+
+// SendConfig tells a server that is to be started what it is to do.
+func (c *Control) SendConfig(config any) error {
+	b, err := json.Marshal(config)
+	if err == nil && len(b) >= maxConfig {
+		err = fmt.Errorf("%d bytes, more than %d: give fewer options", len(b), maxConfig-1)
+	}
+	if err == nil {
+		err = c.Send(Config, b, nil, unix.MSG_DONTWAIT)
+	}
+	if err != nil {
+		return fmt.Errorf("configure the server: %w", err)
+	}
+	return nil
+}
+
+// RecvConfig is the server's side.
+func (c *Control) RecvConfig(config any) error {
+	m, err := c.recv(maxConfig, 0)
+	switch {
+	case err != nil:
+		return fmt.Errorf("what to serve: %w", err)
+	case m.Kind != Config || m.Cut:
+		return errors.New("what to serve: the supervisor does not say so first")
+	}
+	if err := json.Unmarshal(m.Body, config); err != nil {
+		return fmt.Errorf("what to serve: %w", err)
+	}
+	return nil
 }
 
 // SendReady tells the supervisor that the server takes connections.
@@ -200,28 +341,13 @@ func (c *Control) SendGone(id uint32, ended bool) error {
 	return c.SendConn(Returned, id, -1, 0)
 }
 
-// AwaitReady waits until the server takes connections.
-func (c *Control) AwaitReady(supervise func(violations *os.File)) error {
-	for {
-		m, err := c.Recv()
-		switch {
-		case err != nil:
-			return err
-		case m.Kind == Filter && m.FD >= 0:
-			supervise(os.NewFile(uintptr(m.FD), "violations"))
-		case m.Kind == Ready:
-			return nil
-		default:
-			return errors.New(string(m.Body))
-		}
-	}
-}
-
 // Serve is the server's side: it hands each connection to add, until the
 // supervisor asks for the end (nil), in one way or the other, or is gone (io.EOF).
-func (c *Control) Serve(add func(fd int, id uint32, number uint64)) (handOver bool, err error) {
+// A connection that add fails for is refused.
+func (c *Control) Serve(add func(fd int, id uint32, number uint64) error) (
+	handOver bool, err error) {
 	for {
-		m, err := c.Recv()
+		m, err := c.Recv(1)
 		if err != nil {
 			return false, err
 		}
@@ -229,12 +355,15 @@ func (c *Control) Serve(add func(fd int, id uint32, number uint64)) (handOver bo
 		case m.Kind == Stop || m.Kind == HandOver:
 			return m.Kind == HandOver, nil
 		case m.Kind == Conn && ok && m.FD >= 0:
-			add(m.FD, id, m.Number())
+			if add(m.FD, id, m.Number()) != nil {
+				err = c.SendConn(Refused, id, -1, 0)
+			}
 		case m.Kind == Conn && ok:
 			// This process has as many descriptors as it may have.
-			if err := c.SendConn(NoRoom, id, -1, 0); err != nil {
-				return false, err
-			}
+			err = c.SendConn(NoRoom, id, -1, 0)
+		}
+		if err != nil {
+			return false, err
 		}
 	}
 }

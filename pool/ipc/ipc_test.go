@@ -2,6 +2,7 @@ package ipc
 
 import (
 	"os"
+	"strings"
 	"sync"
 	"testing"
 
@@ -26,5 +27,26 @@ func TestSendWhileClosed(t *testing.T) {
 		theirs.Close()
 		ours.Close()
 		wg.Wait()
+	}
+}
+
+// A configuration is sent before its server is there, whole or not at all.
+func TestConfig(t *testing.T) {
+	for size, fits := range map[int]bool{0: true, maxConfig - 3: true, maxConfig - 2: false, 1 << 20: false} {
+		ours, theirs, err := New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent, got := strings.Repeat("x", size), ""
+		switch err := ours.SendConfig(sent); {
+		case (err == nil) != fits:
+			t.Errorf("%d bytes: %v", size, err)
+		case fits:
+			if err := (&Control{theirs}).RecvConfig(&got); err != nil || got != sent {
+				t.Errorf("%d bytes: %v, %d arrive", size, err, len(got))
+			}
+		}
+		ours.Close()
+		theirs.Close()
 	}
 }

@@ -21,25 +21,42 @@ type server struct {
 	cmd     *exec.Cmd
 	control *ipc.Control
 	began   time.Time
-	stopped bool // told to leave
+	state   state // the starter's, then the loop's
+	stopped bool  // told to leave
 }
 
 func (s *server) pid() int { return s.cmd.Process.Pid }
 
-// end asks the server to leave, and does not wait until it hears.
+// end asks the server to leave, and does not wait until it hears. Both ways may
+// be asked of it, and either may come first.
 func (s *server) end(how ipc.Kind) {
 	s.stopped = true
+	switch {
+	case s.state == condemned:
+	case how == ipc.HandOver:
+		s.state = handingOver
+	case s.state == serving:
+		s.state = stopping
+	}
 	go s.control.Send(how, nil, nil, 0)
 }
 
 // startServer starts a server and waits until it can serve.
 func (sv *supervisor) startServer(program *os.File) (*server, error) {
-	cmd := self(fmt.Sprintf("/proc/self/fd/%d", ipc.ProgramFD), RoleServer)
+	cmd := &exec.Cmd{
+		Path: fmt.Sprintf("/proc/self/fd/%d", ipc.ProgramFD),
+		Args: []string{ipc.ServerName, sv.Path},
+		Env:  environment(RoleServer),
+	}
 	control, theirs, err := ipc.New()
 	if err != nil {
 		return nil, err
 	}
 	defer theirs.Close()
+	if err := control.SendConfig(sv.Server); err != nil {
+		control.Close()
+		return nil, err
+	}
 	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: sv.inflight, Program: program}.Extra()
 	pipes, err := sv.log.ServerPipes(cmd)
 	if err != nil {
@@ -55,24 +72,71 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	}
 	pipes.Read(cmd.Process.Pid)
 	theirs.Close()
-	supervise := func(violations *os.File) {
-		go sv.Sandbox.Supervise(violations, func(call string) { sv.onViolation(cmd.Process, call) })
-	}
+	s := &server{cmd: cmd, control: control, began: time.Now()}
 	// One that hangs would keep all others from being started.
 	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
-	err = control.AwaitReady(supervise)
+	err = sv.awaitReady(s)
 	if !late.Stop() {
 		err = fmt.Errorf("the server was not ready within %v", StartTime)
 	}
 	if err != nil {
 		control.Close()
-		status := cmd.Wait()
+		cmd.Process.Kill() // for one that goes on all the same
+		status := errHeld
+		select {
+		case status = <-s.reap():
+		case <-time.After(dyingTime):
+		}
 		if errors.Is(err, io.EOF) {
 			err = fmt.Errorf("the server died at its start: %v", status)
 		}
 		return nil, err
 	}
-	return &server{cmd: cmd, control: control, began: time.Now()}, nil
+	return s, nil
+}
+
+// awaitReady waits until the server takes connections.
+func (sv *supervisor) awaitReady(s *server) error {
+	if sv.Sandbox.Seccomp == sandbox.SeccompNone {
+		s.state = confined
+	}
+	for {
+		m, err := s.control.Recv(1)
+		if err != nil {
+			return err
+		}
+		if err := s.state.check(m, nil); err != nil {
+			m.Close()
+			return fmt.Errorf("the server speaks out of turn: %w", err)
+		}
+		switch m.Kind {
+		case ipc.Filter:
+			s.state = confined
+			violations := os.NewFile(uintptr(m.FD), "violations")
+			go sv.Sandbox.Supervise(violations, func(call string) {
+				sv.onViolation(s.cmd.Process, call)
+			})
+		case ipc.Error:
+			return errors.New(string(m.Body))
+		case ipc.Ready:
+			s.state = serving
+			s.control.RefuseDescriptors()
+			return nil
+		}
+	}
+}
+
+// reap waits for the end of the process, and returns what it ended with.
+func (s *server) reap() <-chan error {
+	reaped := make(chan error, 1)
+	go func() {
+		err := s.cmd.Wait()
+		if errors.Is(err, exec.ErrWaitDelay) {
+			err = nil
+		}
+		reaped <- err
+	}()
+	return reaped
 }
 
 // onViolation acts on a system call that a server has no use for.
@@ -88,29 +152,50 @@ func (sv *supervisor) onViolation(server *os.Process, call string) {
 // watch passes on what a server says and, after its last word, that it has
 // ended. No thread of it runs any more then: at most one is left that a file
 // system holds in a request, and that dies when it is let go.
+//
+// The end of the process counts, and not that of its socket alone: another
+// process may have the server's end by then.
 func (sv *supervisor) watch(s *server) {
-	reaped := make(chan error, 1)
+	silent, dying, reaped := make(chan struct{}), make(chan struct{}), s.reap()
 	go func() {
-		if s.awaitDeath() {
-			s.control.Shutdown() // what it has said before can still be read
-		}
-	}()
-	go func() {
+		defer close(silent)
 		for {
-			m, err := s.control.Recv()
+			m, err := s.control.Recv(0)
 			if err != nil {
-				break
+				return
 			}
 			sv.events <- childMessage{s, m}
 		}
-		go func() { reaped <- s.cmd.Wait() }()
-		select {
-		case err := <-reaped:
-			sv.events <- ended{s, err}
-		case <-time.After(dyingTime):
-			s.cmd.Process.Kill() // for one that has only closed its control
-			sv.events <- ended{s, errHeld}
+	}()
+	go func() {
+		if s.awaitDeath() {
+			close(dying)
 		}
+	}()
+	go func() {
+		var status error
+		gone := false
+		select {
+		case status = <-reaped:
+			gone = true
+		case <-dying:
+		case <-silent:
+		}
+		s.control.Shutdown() // what it has said before can still be read
+		patience := time.After(dyingTime)
+		if !gone {
+			select {
+			case status = <-reaped:
+			case <-patience:
+				s.cmd.Process.Kill() // for one that has only closed its control
+				status = errHeld
+			}
+		}
+		select {
+		case <-silent:
+		case <-patience: // a descriptor that it has sent holds the reader
+		}
+		sv.events <- ended{s, status}
 	}()
 }
 

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -19,29 +18,12 @@ import (
 // Name is the program's name in messages, in the log and as its own argument.
 const Name = ipc.SupervisorName
 
-// roleEnv tells a process that this program has started which Role it has.
-const roleEnv = "VIRTFS_PROXY_HELPER_ROLE"
-
-// Role is what a process of this program does.
-type Role string
-
-const (
-	RoleCommand    Role = ""           // the command as the user has started it
-	RoleSupervisor Role = "supervisor" // detached
-	RoleServer     Role = "server"
-)
-
-// CurrentRole returns the role of this process.
-func CurrentRole() Role { return Role(os.Getenv(roleEnv)) }
-
-// rootlessEnv tells all processes of a helper that an ordinary user has started
-// that they are in a user namespace; its value is the descriptor that the first
-// of them waits at.
-const rootlessEnv = "VIRTFS_PROXY_HELPER_ROOTLESS"
-
 // Start is the command as the user has given it: it returns when the detached
 // supervisor takes connections, or is the supervisor itself in the foreground.
 func (c *Config) Start(foreground bool) error {
+	if err := cleanEnvironment(); err != nil {
+		return err
+	}
 	// Whatever descriptors the caller left open end with the next exec.
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
 		return fmt.Errorf("close_range: %w", err)
@@ -85,7 +67,7 @@ func (c *Config) Start(foreground bool) error {
 // startRootless runs this command again, where its user is root, and ends as it
 // does. What that inherits has the same numbers.
 func (c *Config) startRootless(conn *os.File) error {
-	cmd := self(executable, RoleCommand)
+	cmd := self(executable, RoleRootless)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if conn != nil && c.FD > 2 {
 		cmd.ExtraFiles = make([]*os.File, c.FD-2)
@@ -101,26 +83,18 @@ func (c *Config) startRootless(conn *os.File) error {
 	return err
 }
 
-// Rootless tells that an ordinary user has started this helper.
-func Rootless() bool { return os.Getenv(rootlessEnv) != "" }
-
-func awaitIDs() error {
-	fd, err := strconv.Atoi(os.Getenv(rootlessEnv))
+// RunDetached is the supervisor as a daemon.
+func (c *Config) RunDetached() error {
+	report, err := newReport()
 	if err != nil {
 		return err
 	}
-	return sandbox.AwaitIDs(fd)
-}
-
-// RunDetached is the supervisor as a daemon.
-func (c *Config) RunDetached() error {
-	report := newReport()
 	var conn *os.File
 	if c.Socket == "" {
 		unix.CloseOnExec(connFD)
 		conn = os.NewFile(connFD, "connection")
 	}
-	err := c.run(surroundings{
+	err = c.run(surroundings{
 		conn:  conn,
 		log:   logging.ToSyslog(Name, c.LogLevel, c.exportAttr()),
 		ready: func() error { return errors.Join(os.Chdir("/"), report.ready()) },
@@ -138,25 +112,15 @@ func (c *Config) descriptors() uint64 { return uint64(c.MaxConnections + 4*c.Wor
 // executable is the name of the program that runs, as it was at the start.
 var executable, executableErr = os.Executable()
 
-// self returns a program as this one in the given role, with nothing of the
-// caller's environment.
+// self returns a program as this one in the given role, with the same options
+// and nothing of the caller's environment.
 func self(program string, role Role) *exec.Cmd {
 	name := Name
-	if role != RoleCommand {
+	if role == RoleSupervisor {
 		name += ": " + string(role) // as ps shows it
 	}
-	cmd := &exec.Cmd{
-		Path: program,
-		Args: append([]string{name}, os.Args[1:]...),
-		Env:  []string{roleEnv + "=" + string(role)},
-	}
-	if role == RoleCommand {
-		cmd.Env = append(cmd.Env, logging.Environ()...)
-	}
-	if Rootless() {
-		cmd.Env = append(cmd.Env, rootlessEnv+"="+os.Getenv(rootlessEnv))
-	}
-	return cmd
+	args := append([]string{name}, os.Args[1:]...)
+	return &exec.Cmd{Path: program, Args: args, Env: environment(role)}
 }
 
 // openExport and checkConn say early and clearly what would fail later.
@@ -176,8 +140,13 @@ func checkConn(fd int) error {
 		v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
 		return err == nil && v == want
 	}
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
+	var st, log unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
 		return fmt.Errorf("--fd %d: not an open descriptor", fd)
+	}
+	if err := unix.Fstat(2, &log); err == nil && st.Dev == log.Dev && st.Ino == log.Ino {
+		return fmt.Errorf("--fd %d: that is stderr, where this command writes what goes wrong: "+
+			"a client would read it as answers", fd)
 	}
 	if !is(unix.SO_DOMAIN, unix.AF_UNIX) || !is(unix.SO_TYPE, unix.SOCK_STREAM) || !is(unix.SO_ACCEPTCONN, 0) {
 		return fmt.Errorf("--fd %d: not a connected unix stream socket", fd)

@@ -55,9 +55,14 @@ func detach(cmd *exec.Cmd, conn *os.File) error {
 type report struct{ pipe *os.File }
 
 // newReport returns the report of a process that detach has started.
-func newReport() *report {
+func newReport() (*report, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(reportFD, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+		return nil, fmt.Errorf("descriptor %d is no pipe to the command: "+
+			"a daemon is started by the command, and by nothing else", reportFD)
+	}
 	unix.CloseOnExec(reportFD)
-	return &report{os.NewFile(reportFD, "report")}
+	return &report{os.NewFile(reportFD, "report")}, nil
 }
 
 // ready says that all is well.

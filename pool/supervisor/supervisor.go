@@ -7,13 +7,16 @@
 // next one goes on with all connections: QEMU itself never reconnects.
 //
 //	supervisor.go  the supervisor's life: connections and servers come and go
-//	peer.go      the process at the other end of a connection, for the log
-//	child.go     a server as the supervisor sees it: started, watched, ended
-//	socket.go     the socket's name: claimed, put back, given up
-//	pidfile.go    the pidfile: made, replaced, removed
-//	names.go      names in directories that others may write to
-//	ipc.go       the socket pair between supervisor and server
-//	daemon.go    detached from the caller, who is told how the start went
+//	messages.go    what a server may say, and when
+//	child.go       a server as the supervisor sees it: started, watched, ended
+//	peer.go        the process at the other end of a connection, for the log
+//	socket.go      the socket's name: claimed, put back, given up
+//	pidfile.go     the pidfile: made, replaced, removed
+//	names.go       names in directories that others may write to
+//	command.go     the command: what is wrong is said, the rest is started
+//	role.go        which process this is, and its environment
+//	daemon.go      detached from the caller, who is told how the start went
+//	terminal.go    the signals, and what a terminal's end means
 package supervisor
 
 import (
@@ -21,12 +24,12 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/signal"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
+	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
 	"virtfs-proxy-helper/pool/logging"
@@ -52,6 +55,7 @@ const noRoomPause = 100 * time.Millisecond
 type Config struct {
 	Path    string // exported directory
 	Sandbox sandbox.Config
+	Server  pool.Config // is sent to each server
 	// Socket is the name to accept connections on. It is owned by UID and GID;
 	// -1 is the user that has started a rootless helper.
 	Socket   string
@@ -165,8 +169,7 @@ func (c *Config) supervise(around surroundings) error {
 	if err := sandbox.Descriptors(c.descriptors()); err != nil {
 		log.Warn("VMs may be told EMFILE", "error", err)
 	}
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	signals := catchSignals()
 
 	sv := &supervisor{
 		Config:       *c,
@@ -335,28 +338,43 @@ func (sv *supervisor) retryAssign(id uint32, c *conn, because ...any) {
 	time.AfterFunc(noRoomPause, func() { sv.events <- retry{id} })
 }
 
-// hear acts on what a server says of its connections, and on nothing else: it
-// may be in a guest's hands.
+// onChildMessage acts on what a server says of its connections, and on nothing
+// else: it may be in a guest's hands.
 func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
-	id, ok := m.Conn()
-	c := sv.conns[id]
-	if !ok || c == nil || c.server != s {
-		sv.log.Error("killing the server: it speaks of a connection that it has not", "pid", s.pid())
+	if s.state == condemned {
+		return
+	}
+	err := s.state.check(m, func(id uint32) bool {
+		return sv.conns[id] != nil && sv.conns[id].server == s
+	})
+	if err != nil {
+		sv.log.Error("killing the server: it speaks out of turn", "error", err, "pid", s.pid())
+		s.state = condemned
 		s.cmd.Process.Kill()
 		return
 	}
+	id, _ := m.Conn()
+	c := sv.conns[id]
 	switch m.Kind {
 	case ipc.Ended:
-		delete(sv.conns, id)
-		sv.free = append(sv.free, id)
-		unix.Close(c.fd)
-		<-sv.room
+		sv.forget(id, c)
 		sv.log.Info("client left", "connection", c.number)
+	case ipc.Refused:
+		sv.forget(id, c)
+		sv.log.Error("connection closed: the server can't serve it", "connection", c.number)
 	case ipc.Returned:
 		sv.assign(id, c)
 	case ipc.NoRoom:
 		sv.retryAssign(id, c, "error", "the server has no descriptor left for it")
 	}
+}
+
+// forget frees the number of a connection, and the room for it.
+func (sv *supervisor) forget(id uint32, c *conn) {
+	delete(sv.conns, id)
+	sv.free = append(sv.free, id)
+	unix.Close(c.fd)
+	<-sv.room
 }
 
 // start starts a server after a pause, unless that is being done.
@@ -423,6 +441,7 @@ func (sv *supervisor) serverStarted(e started) {
 // serverEnded goes on without a server, whose last word has been heard.
 func (sv *supervisor) serverEnded(s *server, err error) {
 	delete(sv.servers, s)
+	s.state = condemned // a word that comes late is not heard
 	s.control.Close()
 	lived := time.Since(s.began)
 	if s == sv.current {

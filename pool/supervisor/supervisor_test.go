@@ -2,9 +2,11 @@ package supervisor_test
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -55,6 +57,10 @@ func TestRefusals(t *testing.T) {
 		{[]string{"-f", "0"}, "no directory"},
 		{[]string{"-p", dir, "-f", "77"}, "not an open descriptor"},
 		{[]string{"-p", dir, "-f", "0"}, "not a connected unix stream socket"},
+		{[]string{"-p", dir, "-f", "2"}, "stderr"},
+		{[]string{"-p", dir, "-f", "4294967296"}, "not a descriptor"},
+		{[]string{"-p", dir, "-f", "-1"}, "not a descriptor"},
+		{[]string{"-p", dir, "-f", "9223372036854775808"}, "integer"},
 		{append(s(dir+"/s"), "--workers", "0"), "--workers"},
 		{append(s(dir+"/s"), "--readonly", "--sandbox=chroot"), "use --sandbox=namespace"},
 		{append(s(dir+"/s"), "--readonly", "--sandbox=none"), "use --sandbox=namespace"},
@@ -76,6 +82,23 @@ func TestRefusals(t *testing.T) {
 	entries, _ := os.ReadDir(dir)
 	if b, _ := os.ReadFile(file); len(entries) != 3 || string(b) != "mine" {
 		t.Errorf("left behind or taken away: %v", entries)
+	}
+}
+
+// The connection is not where the log goes, by whatever number.
+func TestConnectionIsLog(t *testing.T) {
+	for _, fd := range []int{0, 1, 2, 3, 9} {
+		for _, mode := range []string{"-n", "--log-level=info"} {
+			ours, theirs := helpertest.SocketPair(t)
+			status, _ := helpertest.Run(t, helpertest.Command{Path: "/bin/sh", Files: []*os.File{theirs},
+				Args: []string{"-c", fmt.Sprintf(`[ %d = 2 ] || exec %[1]d<&3; exec 2>&3; exec "$@"`, fd), "sh",
+					helpertest.Ours(t), mode, "-p", t.TempDir(), "-f", strconv.Itoa(fd)}})
+			said, err := io.ReadAll(ours)
+			if status != 1 || err != nil || !strings.Contains(string(said), "that is stderr") {
+				t.Errorf("--fd %d %s: status %d, %q, %v", fd, mode, status, said, err)
+			}
+			ours.Close()
+		}
 	}
 }
 
