@@ -175,7 +175,7 @@ func (c *conn) answer(t codec.Type, size, sent int) outcome {
 		unix.Close(call.FD)
 		// The kernel may be out of room for descriptors under way, which
 		// is an answer, too.
-		if errno != 0 && errno != unix.EPIPE && errno != unix.ECONNRESET {
+		if errno != 0 && errno != unix.EPIPE && errno != unix.ECONNRESET && sent == 0 {
 			call.Out = codec.AppendErrno(call.Out[:0], t, errno)
 			errno = c.slot.Send(c.fd, call.Out, 0, -1)
 		}

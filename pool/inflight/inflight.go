@@ -278,7 +278,7 @@ func (s *Slot) Send(fd int, b []byte, sent, passed int) unix.Errno {
 		h.control.fd = int32(passed)
 		m.hdr.control, m.hdr.controllen = address(&h.control), uint64(unix.CmsgSpace(4))
 	}
-	if sent != 0 {
+	if m.count.total() != uint32(sent) {
 		m.count.set(uint32(sent))
 	}
 	atomic.StoreUint32(&h.phase, uint32(len(b)))
@@ -330,40 +330,49 @@ var errDamaged = errors.New("the in-flight memory of the connection is damaged")
 
 // Recover returns what the last server had in work when it died, if anything:
 // begun, and not wholly answered. It is to be answered, and Done.
+//
+// Any word may hold anything. The words that matter are read once, checked, and
+// set so that all that follows finds a state that Receive, Frame, Begin, Send
+// and Done leave themselves. Each store keeps what the words mean: this server
+// may die here, too.
 func (s *Slot) Recover() (Work, bool, error) {
 	h := s.head
-	if h.cur > 1 {
+	was := *h
+	if was.cur > 1 {
 		return Work{}, false, errDamaged
 	}
-	m := &h.rx[h.cur]
-	phase := h.phase
-	if phase != idle {
-		m.start = h.frame
+	rx := &was.rx[was.cur]
+	start, end := rx.start, uint64(rx.count.base)+uint64(rx.count.len)
+	if was.phase != idle {
+		start = was.frame
 	}
-	end := uint64(m.count.base) + uint64(m.count.len)
 	switch {
-	case end > inboxSize || m.start > inboxSize:
+	case end > inboxSize || start > inboxSize:
 		return Work{}, false, errDamaged
-	case uint64(m.start) > end: // died in room
-		m.count.set(0)
-		m.start = 0
+	case uint64(start) > end: // died in room
+		start, end = 0, 0
 	}
+	m := &h.rx[was.cur]
+	m.count.set(uint32(end)) // first: an end below the start is empty
+	m.start = start
 	s.grown = true
-	if phase == idle {
+	if was.phase == idle {
 		return Work{}, false, nil
 	}
 	t, payload, ok, err := s.Frame()
-	if !ok || err != nil || phase > codec.MaxFrame {
+	if !ok || err != nil || was.phase > codec.MaxFrame {
 		return Work{}, false, errDamaged
 	}
-	w := Work{Type: t, Payload: payload, Tries: int(h.tries)}
-	if phase != begun {
-		w.Total, w.Sent = int(phase), int(h.tx.count.total())
+	w := Work{Type: t, Payload: payload, Tries: int(was.tries)}
+	if was.phase != begun {
+		sent := uint64(was.tx.count.base) + uint64(was.tx.count.len)
+		if sent > uint64(was.phase) {
+			return Work{}, false, errDamaged
+		}
+		w.Total, w.Sent = int(was.phase), int(sent)
 	}
-	if w.Sent > w.Total {
-		return Work{}, false, errDamaged
-	}
-	if phase != begun && w.Sent == w.Total {
+	h.tx.count.set(uint32(w.Sent))
+	if was.phase != begun && w.Sent == w.Total {
 		s.Done(len(payload))
 		return Work{}, false, nil
 	}
