@@ -3,7 +3,6 @@ package pool
 import (
 	"fmt"
 	"log/slog"
-	"os"
 	"os/signal"
 	"time"
 
@@ -30,8 +29,8 @@ func (cfg *Config) Run(log *slog.Logger) error {
 	if err := CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
 	}
-	control, memory := ipc.Inherited()
-	server, err := cfg.enter(control, memory, log)
+	control := ipc.InheritedControl()
+	server, err := cfg.enter(control, log)
 	if err != nil {
 		control.SendError(err)
 		return err
@@ -61,7 +60,12 @@ func (cfg *Config) Run(log *slog.Logger) error {
 }
 
 // enter sandboxes this process and returns what serves its connections.
-func (cfg *Config) enter(control *ipc.Control, memory *os.File, log *slog.Logger) (*Server, error) {
+func (cfg *Config) enter(control *ipc.Control, log *slog.Logger) (*Server, error) {
+	if _, err := control.AwaitHello(); err != nil {
+		return nil, err
+	}
+	memory := ipc.Inherited()
+	defer memory.Close()
 	j, err := inflight.Map(memory)
 	if err != nil {
 		return nil, err

@@ -51,7 +51,7 @@ var startCalls = []string{
 	"arch_prctl", "access", "capget", "chroot", "close_range", "dup", "dup3", "execve", "execveat", "faccessat", "faccessat2",
 	"fallocate", "ftruncate", "getcwd", "getdents64", "getegid", "geteuid", "getgid", "getppid", "getrlimit",
 	"getsockname", "getsockopt", "getuid", "lseek", "memfd_create", "mount", "mount_setattr", "move_mount", "mremap",
-	"open_tree", "openat2", "pidfd_open", "pidfd_send_signal", "pivot_root", "pread64", "prlimit64", "seccomp",
+	"open_tree", "openat2", "pidfd_open", "pidfd_send_signal", "pivot_root", "pread64", "prlimit64", "pwrite64", "seccomp",
 	"set_tid_address", "setgid", "setgroups", "setpgid", "setrlimit", "setsid", "sysinfo", "tgkill", "umask", "umount2", "uname",
 	"unshare", "kill", "wait4", "waitid",
 	"accept4", "bind", "connect", "flock", "inotify_add_watch", "inotify_init1", "inotify_rm_watch", "listen",

@@ -393,12 +393,12 @@ func FuzzDamagedMemory(f *testing.F) {
 // Memory is taken for what is used and given back.
 func TestMemory(t *testing.T) {
 	file, s, fd, client := pair(t)
-	used := func() int64 {
+	used := func() int64 { // beside the memory's head
 		var st unix.Stat_t
 		if err := unix.Fstat(int(file.Fd()), &st); err != nil {
 			t.Fatal(err)
 		}
-		return st.Blocks * 512
+		return st.Blocks*512 - slotsAt
 	}
 	if n := used(); n > pageSize {
 		t.Errorf("empty slots take %d bytes", n)
@@ -431,4 +431,46 @@ func TestMemory(t *testing.T) {
 	if err := unix.Ftruncate(int(file.Fd()), 0); err == nil {
 		t.Error("a server can shrink the in-flight memory under others")
 	}
+}
+
+// A slot that was copied has what it had, and what is written to the old memory
+// later does not reach it.
+func TestCopy(t *testing.T) {
+	file, s, fd, client := pair(t)
+	first := lstat("/first\x00")
+	write(t, client, first)
+	receive(t, s, fd, len(first))
+	s.Begin()
+	s.inbox[inboxSize-1] = 0x5a // in the last page
+	to, err := Create(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	dirty := next(t, to)
+	for i := range dirty.mem {
+		dirty.mem[i] = 0xff // of a connection before
+	}
+	if err := Copy(to, file, 1); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(to.Fd()), &st); err != nil || st.Blocks*512 > 10*pageSize {
+		t.Errorf("%v, the copy takes %d bytes", err, st.Blocks*512)
+	}
+	for i := range s.mem { // by a hostile server
+		s.mem[i] = 0xff
+	}
+	s = next(t, to)
+	if b := s.inbox[len(first) : inboxSize-1]; len(bytes.Trim(b, "\x00")) != 0 || s.inbox[inboxSize-1] != 0x5a {
+		t.Error("the copy of the inbox is not what it was")
+	}
+	w, ok, err := s.Recover()
+	if !ok || err != nil || w.Type != codec.Lstat || !bytes.Equal(w.Payload, first[codec.HeaderSize:]) {
+		t.Errorf("recovered %+v, %v, %v", w, ok, err)
+	}
+	s.Done(len(w.Payload))
+	write(t, client, first)
+	receive(t, s, fd, len(first))
+	wantFrame(t, s, first)
 }

@@ -20,6 +20,10 @@ type Control struct{ file *os.File }
 // Kind is what a message says.
 type Kind byte
 
+// Hello is the first message in each direction: Version in a byte. A supervisor
+// adds the server's number u32.
+const Hello Kind = 'v'
+
 // To the server.
 const (
 	Conn     Kind = 'c' // serve connection u32, with its descriptor
@@ -61,11 +65,15 @@ const (
 // Extra returns the files for exec.Cmd.ExtraFiles.
 func (f Files) Extra() []*os.File { return []*os.File{f.Control, f.Inflight, f.Program} }
 
-// Inherited returns what this process, a server, was started with. The program
-// is closed: nobody needs it any more.
-func Inherited() (control *Control, inflight *os.File) {
+// InheritedControl returns the control that this process, a server, was started
+// with.
+func InheritedControl() *Control { return &Control{inherited(controlFD, "control")} }
+
+// Inherited returns what else it was started with, where AwaitHello has found
+// this Version. The program is closed: nothing needs it any more.
+func Inherited() (inflight *os.File) {
 	unix.Close(ProgramFD)
-	return &Control{inherited(controlFD, "control")}, inherited(inflightFD, "inflight")
+	return inherited(inflightFD, "inflight")
 }
 
 // New returns both ends; theirs is the one for the server.
@@ -138,11 +146,13 @@ func (m Message) Conn() (id uint32, ok bool) {
 }
 
 // Recv returns a message; io.EOF when the other side has gone.
-func (c *Control) Recv() (Message, error) {
+func (c *Control) Recv() (Message, error) { return c.recv(0) }
+
+func (c *Control) recv(flags int) (Message, error) {
 	msg := make([]byte, maxMessage)
 	oob := make([]byte, unix.CmsgSpace(4))
 	for {
-		n, oobn, _, _, err := unix.Recvmsg(int(c.file.Fd()), msg, oob, unix.MSG_CMSG_CLOEXEC)
+		n, oobn, _, _, err := unix.Recvmsg(int(c.file.Fd()), msg, oob, unix.MSG_CMSG_CLOEXEC|flags)
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -159,6 +169,41 @@ func (c *Control) Recv() (Message, error) {
 		}
 		return m, nil
 	}
+}
+
+// SendHello tells the server, before it is started, that it is number n.
+func (c *Control) SendHello(n uint32) error {
+	return c.Send(Hello, binary.NativeEndian.AppendUint32([]byte{Version}, n), nil, 0)
+}
+
+// AwaitHello exchanges version numbers with the supervisor and returns the
+// server's own number. It does not wait: the supervisor has spoken first, if it
+// has a version at all.
+func (c *Control) AwaitHello() (n uint32, err error) {
+	m, err := c.recv(unix.MSG_DONTWAIT)
+	switch {
+	case err == unix.EAGAIN:
+		return 0, &VersionError{}
+	case err != nil:
+		return 0, fmt.Errorf("the supervisor's first message: %w", err)
+	case m.Kind != Hello || len(m.Body) == 0:
+		return 0, &VersionError{}
+	case m.Body[0] != Version || len(m.Body) != 5:
+		return 0, &VersionError{m.Body[0]}
+	}
+	return binary.NativeEndian.Uint32(m.Body[1:]), c.Send(Hello, []byte{Version}, nil, 0)
+}
+
+// VersionError says that the other side, or the memory that it has made, is of
+// another version.
+type VersionError struct{ Other byte } // 0 for none
+
+func (e *VersionError) Error() string {
+	other := "without a version"
+	if e.Other != 0 {
+		other = fmt.Sprint("of version ", e.Other)
+	}
+	return fmt.Sprintf("supervisor and server do not fit: one is %s, the other of version %d: restart the helper to change the program", other, Version)
 }
 
 // SendReady tells the supervisor that the server takes connections.
@@ -186,11 +231,17 @@ func (c *Control) SendGone(id uint32, ended bool) error {
 
 // AwaitReady waits until the server takes connections.
 func (c *Control) AwaitReady(supervise func(violations *os.File)) error {
-	for {
+	for greeted := false; ; {
 		m, err := c.Recv()
 		switch {
 		case err != nil:
 			return err
+		case m.Kind == Hello && !greeted && len(m.Body) == 1 && m.Body[0] == Version:
+			greeted = true
+		case m.Kind == Hello && len(m.Body) > 0:
+			return &VersionError{m.Body[0]}
+		case !greeted && m.Kind != Error:
+			return &VersionError{}
 		case m.Kind == Filter && m.FD >= 0:
 			supervise(os.NewFile(uintptr(m.FD), "violations"))
 		case m.Kind == Ready:

@@ -20,6 +20,7 @@ import (
 type server struct {
 	cmd     *exec.Cmd
 	control *ipc.Control
+	memory  *memory
 	began   time.Time
 	stopped bool // told to leave
 }
@@ -40,13 +41,23 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		return nil, err
 	}
 	defer theirs.Close()
-	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: sv.inflight, Program: program}.Extra()
+	memory, err := newMemory(sv.MaxConnections)
+	if err == nil {
+		err = control.SendHello(0)
+	}
+	if err != nil {
+		control.Close()
+		memory.release()
+		return nil, err
+	}
+	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: memory.file, Program: program}.Extra()
 	cmd.Stdout = sv.output()
 	cmd.Stderr = cmd.Stdout
 	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := sv.Sandbox.Start(cmd, sv.export); err != nil {
 		control.Close()
+		memory.release()
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	theirs.Close()
@@ -61,13 +72,17 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	}
 	if err != nil {
 		control.Close()
+		memory.release()
+		// It may go on without its control.
+		dying := time.AfterFunc(dyingTime, func() { cmd.Process.Kill() })
 		status := cmd.Wait()
+		dying.Stop()
 		if errors.Is(err, io.EOF) {
 			err = fmt.Errorf("the server died at its start: %v", status)
 		}
 		return nil, err
 	}
-	return &server{cmd: cmd, control: control, began: time.Now()}, nil
+	return &server{cmd: cmd, control: control, memory: memory, began: time.Now()}, nil
 }
 
 // onViolation acts on a system call that a server has no use for.

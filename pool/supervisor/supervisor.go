@@ -2,11 +2,12 @@
 // and accepts connections; each goes to the server, the confined process that
 // serves requests. The supervisor reads nothing that a guest sends.
 //
-// It has a descriptor of every connection, too, and the in-flight memory of what they
-// have in work. So a server may die, or be replaced by a newer binary, and the
-// next one goes on with all connections: QEMU itself never reconnects.
+// It has a descriptor of every connection, too, and the in-flight memories of
+// what these have in work. So a server may die, or be replaced by a newer binary,
+// and the next one goes on with all connections: QEMU itself never reconnects.
 //
 //	supervisor.go  the supervisor's life: connections and servers come and go
+//	memory.go      in-flight memories: a slot goes from one server's to the next
 //	child.go     a server as the supervisor sees it: started, watched, ended
 //	socket.go     the socket's name: claimed, put back, given up
 //	ipc.go       the socket pair between supervisor and server
@@ -25,7 +26,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
-	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
 )
 
@@ -74,11 +74,11 @@ type surroundings struct {
 type supervisor struct {
 	Config
 	surroundings
-	export   *os.File // the directory, O_PATH: each server gets the same one
-	log      *slog.Logger
-	name     *socketName
-	inflight *os.File
-	events   chan any // accepted, childMessage, ended or started
+	export *os.File // the directory, O_PATH: each server gets the same one
+	log    *slog.Logger
+	name   *socketName
+	events chan any  // accepted, moved, childMessage, ended, started or retry
+	moves  chan move // for the mover; has room for all
 
 	conns    map[uint32]*conn
 	free     []uint32      // numbers
@@ -95,15 +95,21 @@ type supervisor struct {
 	once     bool  // leave when no connection is left: there was one
 }
 
-// conn is a connection. Its number is its slot in the in-flight memory.
+// conn is a connection. Its number is its slot in the in-flight memories.
 type conn struct {
 	fd     int
 	server *server // that serves it; nil while none does
+	memory *memory // of the last server that it was given to; nil before the first
+	moving bool    // the mover prepares its slot in another memory
 }
 
 // Events.
 type (
-	accepted     struct{ fd int }
+	accepted struct{ fd int }
+	moved    struct {
+		move
+		err error
+	}
 	childMessage struct {
 		server *server
 		ipc.Message
@@ -157,13 +163,11 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		events:       make(chan any),
 		conns:        make(map[uint32]*conn),
 		room:         make(chan struct{}, c.MaxConnections),
+		moves:        make(chan move, c.MaxConnections),
 		servers:      make(map[*server]bool),
 	}
 	for id := range uint32(c.MaxConnections) {
 		sv.free = append(sv.free, uint32(c.MaxConnections)-1-id)
-	}
-	if sv.inflight, err = inflight.Create(c.MaxConnections); err != nil {
-		return err
 	}
 	if c.Socket != "" {
 		if sv.name, err = claimSocket(c.Socket, uid, gid); err != nil {
@@ -188,6 +192,7 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 	}
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
+	go sv.move()
 	if sv.name != nil {
 		if err := sv.name.publish(log); err != nil {
 			return err
@@ -245,6 +250,8 @@ func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
 		sv.add(e.fd)
+	case moved:
+		sv.onMoved(e)
 	case childMessage:
 		sv.onChildMessage(e.server, e.Message)
 	case ended:
@@ -261,12 +268,6 @@ func (sv *supervisor) handle(event any) {
 // add takes a connection that room has been made for.
 func (sv *supervisor) add(fd int) {
 	id := sv.free[len(sv.free)-1]
-	if err := inflight.Clear(sv.inflight, id); err != nil {
-		sv.log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
-		unix.Close(fd)
-		<-sv.room
-		return
-	}
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
 	c := &conn{fd: fd}
@@ -275,13 +276,18 @@ func (sv *supervisor) add(fd int) {
 	sv.assign(id, c)
 }
 
-// give gives a connection to the current server, if there is one: else the
-// next one gets it.
+// assign gives a connection to the current server, if there is one: else the
+// next one gets it. No server has it: the last one is dead, or has given it back.
 func (sv *supervisor) assign(id uint32, c *conn) {
-	c.server = sv.current
-	if c.server == nil {
+	c.server = nil
+	if sv.current == nil || c.moving {
 		return
 	}
+	if c.memory != sv.current.memory {
+		sv.startMove(id, c)
+		return
+	}
+	c.server = sv.current
 	// A server that is gone is noticed in time. The loop waits for none.
 	err := c.server.control.SendConn(ipc.Conn, id, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
@@ -309,6 +315,7 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 	case ipc.Ended:
 		delete(sv.conns, id)
 		sv.free = append(sv.free, id)
+		c.memory.release()
 		unix.Close(c.fd)
 		<-sv.room
 		sv.log.Info("client left", "connection", id)
@@ -385,6 +392,7 @@ func (sv *supervisor) serverStarted(e started) {
 func (sv *supervisor) serverEnded(s *server, err error) {
 	delete(sv.servers, s)
 	s.control.Close()
+	s.memory.release()
 	lived := time.Since(s.began)
 	if s == sv.current {
 		sv.current = nil
