@@ -238,17 +238,25 @@ func (c *Control) AwaitReady(supervise func(violations *os.File)) error {
 			return err
 		case m.Kind == Hello && !greeted && len(m.Body) == 1 && m.Body[0] == Version:
 			greeted = true
+			continue
+		case m.Kind == Filter && greeted && m.FD >= 0:
+			supervise(os.NewFile(uintptr(m.FD), "violations"))
+			continue
+		}
+		if m.FD >= 0 {
+			unix.Close(m.FD)
+		}
+		switch {
+		case m.Kind == Error:
+			return errors.New(string(m.Body))
 		case m.Kind == Hello && len(m.Body) > 0:
 			return &VersionError{m.Body[0]}
-		case !greeted && m.Kind != Error:
+		case !greeted:
 			return &VersionError{}
-		case m.Kind == Filter && m.FD >= 0:
-			supervise(os.NewFile(uintptr(m.FD), "violations"))
 		case m.Kind == Ready:
 			return nil
-		default:
-			return errors.New(string(m.Body))
 		}
+		return fmt.Errorf("the server says %q before it is ready", byte(m.Kind))
 	}
 }
 
