@@ -53,7 +53,7 @@ func (cfg *Config) Run(log *slog.Logger) error {
 		select {
 		case <-server.Drain():
 		case <-time.After(ipc.StopTime):
-			return fmt.Errorf("stopped with %d connections in work", server.Serving())
+			log.Warn("stopped with connections that were not answered", "connections", server.Serving())
 		}
 	}
 	return nil

@@ -23,6 +23,7 @@ type server struct {
 	memory  *memory
 	began   time.Time
 	stopped bool // told to leave
+	killed  bool // by this supervisor, which has logged why
 }
 
 func (s *server) pid() int { return s.cmd.Process.Pid }
@@ -31,6 +32,12 @@ func (s *server) pid() int { return s.cmd.Process.Pid }
 func (s *server) end(how ipc.Kind) {
 	s.stopped = true
 	go s.control.Send(how, nil, nil, 0)
+}
+
+// kill ends the server whatever it does.
+func (s *server) kill() {
+	s.killed = true
+	s.cmd.Process.Kill()
 }
 
 // startServer starts a server and waits until it can serve.

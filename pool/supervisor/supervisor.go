@@ -41,6 +41,12 @@ const (
 	maxPause = 5 * time.Second
 )
 
+// handOverTime is how long an old server may take to give its connections back
+// once the new one serves: as long as requests may take, and their clients to
+// read the answers. With the time that a server takes to start that is less than
+// 10 s after SIGHUP.
+const handOverTime = 5 * time.Second
+
 // noRoomPause is how long a connection waits that the server had no descriptor
 // for.
 const noRoomPause = 100 * time.Millisecond
@@ -77,7 +83,7 @@ type supervisor struct {
 	export *os.File // the directory, O_PATH: each server gets the same one
 	log    *slog.Logger
 	name   *socketName
-	events chan any  // accepted, moved, childMessage, ended, started or retry
+	events chan any  // accepted, moved, childMessage, ended, started, overdue or retry
 	moves  chan move // for the mover; has room for all
 
 	conns    map[uint32]*conn
@@ -124,7 +130,8 @@ type (
 		renewed bool
 		err     error
 	}
-	retry struct{ id uint32 }
+	overdue struct{ server *server } // handing over
+	retry   struct{ id uint32 }
 )
 
 // run keeps a server until a signal ends it, or the last connection does, and
@@ -231,7 +238,8 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 				patience = time.After(ipc.StopTime + time.Second)
 			}
 		case <-patience:
-			return errors.New("stopped with requests in work")
+			sv.log.Warn("stopped with connections that were not answered", "connections", len(sv.conns))
+			return sv.stopped
 		case event := <-sv.events:
 			sv.handle(event)
 		}
@@ -258,6 +266,8 @@ func (sv *supervisor) handle(event any) {
 		sv.serverEnded(e.server, e.err)
 	case started:
 		sv.serverStarted(e)
+	case overdue:
+		sv.endOverdue(e.server)
 	case retry:
 		if c := sv.conns[e.id]; c != nil && c.server == nil {
 			sv.assign(e.id, c)
@@ -378,6 +388,7 @@ func (sv *supervisor) serverStarted(e started) {
 		}
 		if old != nil {
 			old.end(ipc.HandOver)
+			time.AfterFunc(handOverTime, func() { sv.events <- overdue{old} })
 		}
 		if sv.stopping {
 			e.server.end(ipc.Stop)
@@ -386,6 +397,24 @@ func (sv *supervisor) serverStarted(e started) {
 	if !sv.stopping && (sv.current == nil || sv.renew) {
 		sv.start(sv.pause)
 	}
+}
+
+// endOverdue takes the connections from an old server that does not give them
+// back: its clients do not read their answers, a file system holds a request, or
+// the server is stopped or hostile.
+func (sv *supervisor) endOverdue(s *server) {
+	if !sv.servers[s] || sv.stopping {
+		return
+	}
+	left := 0
+	for _, c := range sv.conns {
+		if c.server == s {
+			left++
+		}
+	}
+	sv.log.Warn("killing the old server: it has not given all connections back",
+		"pid", s.pid(), "connections", left, "after", handOverTime)
+	s.kill()
 }
 
 // serverEnded goes on without a server, whose last word has been heard.
@@ -405,7 +434,10 @@ func (sv *supervisor) serverEnded(s *server, err error) {
 		}
 	}
 	switch {
-	case s.stopped && err == nil:
+	case s.stopped && (err == nil || s.killed):
+		return
+	case sv.stopping && errors.Is(err, errHeld):
+		sv.log.Warn("stopped with a request that a file system does not answer", "pid", s.pid(), "connections", lost)
 		return
 	case sv.stopping:
 		sv.stopped = fmt.Errorf("the server died: %w", err)
