@@ -1,12 +1,17 @@
 package pool_test
 
 import (
+	"os"
+	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/helpertest"
+	"virtfs-proxy-helper/bench/slowfs"
 	"virtfs-proxy-helper/codec"
 )
 
@@ -94,4 +99,113 @@ func TestStoppedWhileDeaf(t *testing.T) {
 	}
 	other.WantEOF()
 	c.Read(codec.Lstat) // what was sent is there
+}
+
+// A server that lives but does not serve is replaced.
+func TestStoppedServer(t *testing.T) {
+	t.Parallel()
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	c := helpertest.Dial(t, name)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	old := p.Server()
+	unix.Kill(old, unix.SIGSTOP)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	if !p.Logged("its loop does not move") || p.Server() == old {
+		t.Errorf("not replaced, or without a line:\n%s", p.Output())
+	}
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+}
+
+// Time in which the supervisor does not run does not count against the server:
+// both are stopped with a machine, a container, a debugger.
+func TestStoppedSupervisor(t *testing.T) {
+	t.Parallel()
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	c := helpertest.Dial(t, name)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	for _, first := range []bool{true, false} { // the server is stopped first, or not at all
+		// How long the supervisor runs while the server is stopped is up to the
+		// machine: too long proves nothing.
+		helpertest.Eventually(t, "the supervisor runs shortly", func() bool {
+			server, ran := p.Server(), time.Duration(0)
+			began := time.Now()
+			if first {
+				unix.Kill(server, unix.SIGSTOP)
+				time.Sleep(2500 * time.Millisecond) // it is asked once at least
+			}
+			unix.Kill(p.PID, unix.SIGSTOP)
+			ran += time.Since(began)
+			time.Sleep(stuckTime + 2*time.Second)
+			began = time.Now()
+			unix.Kill(p.PID, unix.SIGCONT)
+			time.Sleep(500 * time.Millisecond)
+			unix.Kill(server, unix.SIGCONT)
+			ran += time.Since(began)
+			c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+			helpertest.Dial(t, name).Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+			if ran > stuckTime-2*time.Second {
+				return false
+			}
+			if p.Server() != server {
+				t.Fatalf("the server is replaced, stopped: %v\n%s", first, p.Output())
+			}
+			return true
+		})
+	}
+}
+
+// stuckTime is how long the loop of a server that is replaced has not moved.
+const stuckTime = 10 * time.Second
+
+// A request that a file system does not answer is logged, and again when it is
+// answered. Its server stays: it serves the others.
+func TestLateRequest(t *testing.T) {
+	t.Parallel()
+	dir := export(t)
+	stuck := filepath.Join(dir, "stuck")
+	if err := os.Mkdir(stuck, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fs, err := slowfs.Mount(stuck, t.TempDir(), slowfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { fs.Close() })
+	fs.Hold(slowfs.Lookups)
+	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
+	other, c := helpertest.Dial(t, name), helpertest.Dial(t, name)
+	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	server := p.Server()
+	c.Send(frame(codec.Mkdir, "/stuck/x"))
+	helpertest.Eventually(t, "the request is logged", func() bool { return p.Logged("a request is late") })
+	const says = "connection=1 request=MKDIR age="
+	if !p.Logged(says) || p.Logged("is answered") {
+		t.Errorf("no %q, or too much:\n%s", says, p.Output())
+	}
+	time.Sleep(stuckTime)
+	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	if p.Server() != server {
+		t.Errorf("the server is replaced\n%s", p.Output())
+	}
+	fs.Release()
+	c.Read(codec.Mkdir)
+	helpertest.Eventually(t, "the answer is logged", func() bool { return p.Logged("a late request is answered") })
+	if n := strings.Count(p.Output(), says); n != 2 {
+		t.Errorf("%d lines\n%s", n, p.Output())
+	}
+}
+
+// A client that does not read its answer is told apart from that.
+func TestDeafClient(t *testing.T) {
+	t.Parallel()
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	c, owed := deaf(t, name)
+	helpertest.Eventually(t, "it is logged", func() bool { return p.Logged("a client does not read its answer") })
+	if p.Logged("a request is late") {
+		t.Errorf("the request is late, too:\n%s", p.Output())
+	}
+	for range owed {
+		c.Read(codec.Lstat)
+	}
+	helpertest.Eventually(t, "the end is logged", func() bool { return p.Logged("a late request is answered") })
 }

@@ -12,6 +12,7 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // Config is what a server process is to do.
@@ -42,7 +43,7 @@ func (cfg *Config) Run(log *slog.Logger) error {
 		if err := server.Add(fd, id); err != nil {
 			log.Error("connection refused", "connection", id, "error", err)
 		}
-	})
+	}, func() { server.Ping() })
 	switch {
 	case err != nil:
 		log.Error("the supervisor died: serving on until the last client has left", "error", err)
@@ -61,12 +62,18 @@ func (cfg *Config) Run(log *slog.Logger) error {
 
 // enter sandboxes this process and returns what serves its connections.
 func (cfg *Config) enter(control *ipc.Control, log *slog.Logger) (*Server, error) {
-	if _, err := control.AwaitHello(); err != nil {
+	number, err := control.AwaitHello()
+	if err != nil {
 		return nil, err
 	}
-	memory := ipc.Inherited()
+	memory, shared := ipc.Inherited()
 	defer memory.Close()
+	defer shared.Close()
 	j, err := inflight.Map(memory)
+	if err != nil {
+		return nil, err
+	}
+	p, err := progress.Map(shared)
 	if err != nil {
 		return nil, err
 	}
@@ -87,5 +94,6 @@ func (cfg *Config) enter(control *ipc.Control, log *slog.Logger) (*Server, error
 	if err != nil {
 		return nil, err
 	}
-	return NewServer(fs, j, cfg.Workers, func(id uint32, ended bool) { control.SendGone(id, ended) }, log)
+	gone := func(id uint32, ended bool) { control.SendGone(id, ended) }
+	return NewServer(fs, Memories{j, p, number}, cfg.Workers, gone, log)
 }

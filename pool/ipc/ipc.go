@@ -29,6 +29,7 @@ const (
 	Conn     Kind = 'c' // serve connection u32, with its descriptor
 	Stop     Kind = 's' // end all connections and leave
 	HandOver Kind = 'h' // give all connections back and leave
+	Ping     Kind = 'p' // let each loop count in pool/progress
 )
 
 // To the supervisor.
@@ -50,7 +51,8 @@ const StopTime = 10 * time.Second
 // on. The exported directory comes behind them: sandbox.Config.Start adds it.
 type Files struct {
 	Control  *os.File // the server's end of the socket pair
-	Inflight *os.File // the memory of requests in flight
+	Inflight *os.File // the server's own memory of requests in flight
+	Progress *os.File // the memory of pool/progress, the same for all servers
 	Program  *os.File // O_PATH, what the server is started from
 }
 
@@ -58,12 +60,13 @@ type Files struct {
 const (
 	controlFD = 3 + iota
 	inflightFD
+	progressFD
 	ProgramFD
 	ExportFD
 )
 
 // Extra returns the files for exec.Cmd.ExtraFiles.
-func (f Files) Extra() []*os.File { return []*os.File{f.Control, f.Inflight, f.Program} }
+func (f Files) Extra() []*os.File { return []*os.File{f.Control, f.Inflight, f.Progress, f.Program} }
 
 // InheritedControl returns the control that this process, a server, was started
 // with.
@@ -71,9 +74,9 @@ func InheritedControl() *Control { return &Control{inherited(controlFD, "control
 
 // Inherited returns what else it was started with, where AwaitHello has found
 // this Version. The program is closed: nothing needs it any more.
-func Inherited() (inflight *os.File) {
+func Inherited() (inflight, progress *os.File) {
 	unix.Close(ProgramFD)
-	return inherited(inflightFD, "inflight")
+	return inherited(inflightFD, "inflight"), inherited(progressFD, "progress")
 }
 
 // New returns both ends; theirs is the one for the server.
@@ -260,9 +263,10 @@ func (c *Control) AwaitReady(supervise func(violations *os.File)) error {
 	}
 }
 
-// Serve is the server's side: it hands each connection to add, until the
-// supervisor asks for the end (nil), in one way or the other, or is gone (io.EOF).
-func (c *Control) Serve(add func(fd int, id uint32)) (handOver bool, err error) {
+// Serve is the server's side: it hands each connection to add, and calls ping
+// when asked to, until the supervisor asks for the end (nil), in one way or the
+// other, or is gone (io.EOF).
+func (c *Control) Serve(add func(fd int, id uint32), ping func()) (handOver bool, err error) {
 	for {
 		m, err := c.Recv()
 		if err != nil {
@@ -271,6 +275,8 @@ func (c *Control) Serve(add func(fd int, id uint32)) (handOver bool, err error) 
 		switch id, ok := m.Conn(); {
 		case m.Kind == Stop || m.Kind == HandOver:
 			return m.Kind == HandOver, nil
+		case m.Kind == Ping:
+			ping()
 		case m.Kind == Conn && ok && m.FD >= 0:
 			add(m.FD, id)
 		case m.Kind == Conn && ok:

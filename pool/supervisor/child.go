@@ -24,6 +24,7 @@ type server struct {
 	began   time.Time
 	stopped bool // told to leave
 	killed  bool // by this supervisor, which has logged why
+	loops   loops
 }
 
 func (s *server) pid() int { return s.cmd.Process.Pid }
@@ -50,14 +51,16 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	defer theirs.Close()
 	memory, err := newMemory(sv.MaxConnections)
 	if err == nil {
-		err = control.SendHello(0)
+		sv.number++
+		err = control.SendHello(sv.number)
 	}
 	if err != nil {
 		control.Close()
 		memory.release()
 		return nil, err
 	}
-	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: memory.file, Program: program}.Extra()
+	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: memory.file, Progress: sv.progressFile, Program: program}.Extra()
+	started := sv.newLoops(sv.number)
 	cmd.Stdout = sv.output()
 	cmd.Stderr = cmd.Stdout
 	// A ^C at the terminal is the supervisor's alone.
@@ -89,7 +92,7 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		}
 		return nil, err
 	}
-	return &server{cmd: cmd, control: control, memory: memory, began: time.Now()}, nil
+	return &server{cmd: cmd, control: control, memory: memory, began: time.Now(), loops: started}, nil
 }
 
 // onViolation acts on a system call that a server has no use for.

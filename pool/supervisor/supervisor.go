@@ -9,6 +9,7 @@
 //	supervisor.go  the supervisor's life: connections and servers come and go
 //	memory.go      in-flight memories: a slot goes from one server's to the next
 //	child.go     a server as the supervisor sees it: started, watched, ended
+//	progress.go    what hangs: a request is logged, a server replaced
 //	socket.go     the socket's name: claimed, put back, given up
 //	ipc.go       the socket pair between supervisor and server
 //	daemon.go    detached from the caller, who is told how the start went
@@ -27,6 +28,7 @@ import (
 
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // StartTime is how long a server may take until it is ready: hundreds of times
@@ -86,6 +88,10 @@ type supervisor struct {
 	events chan any  // accepted, moved, childMessage, ended, started, overdue or retry
 	moves  chan move // for the mover; has room for all
 
+	progress     *progress.Memory
+	progressFile *os.File // for servers to map
+	number       uint32   // of the last server that was started, for its records there
+
 	conns    map[uint32]*conn
 	free     []uint32      // numbers
 	room     chan struct{} // a place for each connection that may come
@@ -104,9 +110,10 @@ type supervisor struct {
 // conn is a connection. Its number is its slot in the in-flight memories.
 type conn struct {
 	fd     int
-	server *server // that serves it; nil while none does
-	memory *memory // of the last server that it was given to; nil before the first
-	moving bool    // the mover prepares its slot in another memory
+	server *server       // that serves it; nil while none does
+	memory *memory       // of the last server that it was given to; nil before the first
+	moving bool          // the mover prepares its slot in another memory
+	late   progress.Work // that the log has told of
 }
 
 // Events.
@@ -176,6 +183,12 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 	for id := range uint32(c.MaxConnections) {
 		sv.free = append(sv.free, uint32(c.MaxConnections)-1-id)
 	}
+	if sv.progressFile, err = progress.Create(c.MaxConnections); err != nil {
+		return err
+	}
+	if sv.progress, err = progress.Map(sv.progressFile); err != nil {
+		return err
+	}
 	if c.Socket != "" {
 		if sv.name, err = claimSocket(c.Socket, uid, gid); err != nil {
 			return err
@@ -223,6 +236,7 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 func (sv *supervisor) loop(signals <-chan os.Signal) error {
 	sv.watch(sv.current)
 	var patience <-chan time.Time
+	tick := time.NewTimer(tickTime)
 	for {
 		select {
 		case sig := <-signals:
@@ -240,6 +254,9 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 		case <-patience:
 			sv.log.Warn("stopped with connections that were not answered", "connections", len(sv.conns))
 			return sv.stopped
+		case <-tick.C:
+			sv.tick()
+			tick.Reset(tickTime)
 		case event := <-sv.events:
 			sv.handle(event)
 		}
@@ -297,7 +314,8 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 		sv.startMove(id, c)
 		return
 	}
-	c.server = sv.current
+	c.server, c.late = sv.current, progress.Work{}
+	sv.progress.Conn(id).End() // what the last server has left there
 	// A server that is gone is noticed in time. The loop waits for none.
 	err := c.server.control.SendConn(ipc.Conn, id, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
