@@ -54,7 +54,8 @@ func (cfg *Config) Run(log *slog.Logger) error {
 		select {
 		case <-server.Drain():
 		case <-time.After(ipc.StopTime):
-			log.Warn("stopped with connections that were not answered", "connections", server.Serving())
+			log.Warn("stopped with connections that were not answered",
+				"connections", server.Serving())
 		}
 	}
 	return nil

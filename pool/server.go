@@ -92,7 +92,9 @@ type Memories struct {
 // NewServer returns a server of fs that has at most n requests in the file
 // system at once. gone is called when it has closed a connection: ended, or as
 // it is, for another server to go on with.
-func NewServer(fs *ops.FS, m Memories, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
+func NewServer(
+	fs *ops.FS, m Memories, n int, gone func(id uint32, ended bool), log *slog.Logger,
+) (*Server, error) {
 	s := &Server{
 		fs:       fs,
 		inflight: m.Inflight,
@@ -109,7 +111,8 @@ func NewServer(fs *ops.FS, m Memories, n int, gone func(id uint32, ended bool), 
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	records := m.Progress.Loops(m.Server)
-	for i := range min(max(1, runtime.NumCPU()/2), len(records)) { // the other CPUs are the clients'
+	loops := max(1, runtime.NumCPU()/2) // the other CPUs are the clients'
+	for i := range min(loops, len(records)) {
 		l, err := newLoop(s, &records[i])
 		if err != nil {
 			return nil, err
@@ -131,7 +134,8 @@ func (s *Server) Close() error {
 // Add serves a connected stream socket, which the server owns from now on.
 // What another server has left of it is in its slot of the in-flight memory, number id.
 func (s *Server) Add(fd int, id uint32) error {
-	c := &conn{srv: s, id: id, fd: fd, slot: s.inflight.Slot(id), progress: s.progress.Conn(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
+	c := &conn{srv: s, id: id, fd: fd, loop: s.loops[int(id)%len(s.loops)], pace: newPace(),
+		slot: s.inflight.Slot(id), progress: s.progress.Conn(id)}
 	if c.slot == nil || c.progress == nil {
 		c.close(true)
 		return fmt.Errorf("no memory for connection %d", id)

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -164,18 +163,20 @@ func TestSupervisorWithoutVersion(t *testing.T) {
 	ours := helpertest.Ours(t)
 	p := helpertest.Start(t, helpertest.Command{
 		Path:  ours,
-		Args:  []string{"-n", "-p", dir, "-s", filepath.Join(dir, "s"), "-u", "0", "-g", "0", "--max-connections", fmt.Sprint(n)},
+		Args:  []string{"-n", "-p", dir, "-s", filepath.Join(dir, "s"), "-u0", "-g0", "--max-connections", fmt.Sprint(n)},
 		Files: []*os.File{os.NewFile(uintptr(fds[1]), "control"), memory, opened(ours), opened(dir)},
 		Env:   []string{"VIRTFS_PROXY_HELPER_ROLE=server"},
 	})
 	status := p.Wait()
 	b := make([]byte, 4096)
-	unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(helpertest.Patience / time.Second)})
+	timeout := unix.NsecToTimeval(helpertest.Patience.Nanoseconds())
+	unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout)
 	size, _, err := unix.Recvfrom(fds[0], b, 0)
 	if err != nil && err != unix.ECONNRESET {
 		t.Fatal(err)
 	}
-	if said := string(b[:max(size, 0)]); status != 1 || said == "" || said[0] != 'e' || !strings.Contains(said, "do not fit") {
+	said := string(b[:max(size, 0)])
+	if status != 1 || !strings.HasPrefix(said, "e") || !strings.Contains(said, "do not fit") {
 		t.Errorf("status %d, said %q\n%s", status, said, p.Output())
 	}
 	var st unix.Stat_t

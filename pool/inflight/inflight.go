@@ -76,7 +76,8 @@ func Create(n int) (*os.File, error) {
 		_, err = f.WriteAt(binary.NativeEndian.AppendUint32([]byte(magic), ipc.Version), 0)
 	}
 	if err == nil {
-		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+		const seals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals)
 	}
 	if err != nil {
 		f.Close()
@@ -89,7 +90,8 @@ func offset(slot uint32) int64 { return slotsAt + int64(slot)*slotSize }
 
 // Clear empties a slot that no server uses, and gives its memory back.
 func Clear(f *os.File, slot uint32) error {
-	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, offset(slot), slotSize)
+	const hole = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	return unix.Fallocate(int(f.Fd()), hole, offset(slot), slotSize)
 }
 
 // Copy makes a slot that no server uses what it is in another memory, whose
@@ -136,7 +138,8 @@ func Map(f *os.File) (*Memory, error) {
 	if v := binary.NativeEndian.Uint32(head[len(magic):]); v != ipc.Version {
 		return nil, fmt.Errorf("in-flight memory: %w", &ipc.VersionError{Other: byte(v)})
 	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	const access = unix.PROT_READ | unix.PROT_WRITE
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), access, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("in-flight memory: mmap: %w", err)
 	}

@@ -360,7 +360,9 @@ func TestDamagedMemory(t *testing.T) {
 		h.rx[0].count = counter{base: 3 * uint32(len(lstat("/\x00")))}
 		h.phase = 30
 	})
-	values := []uint32{0, 1, 2, 5, 29, 30, 31, codec.MaxFrame, codec.MaxFrame + 1, inboxSize, inboxSize + 1, 1 << 31, 1<<32 - 1}
+	values := []uint32{
+		0, 1, 2, 5, 29, 30, 31, codec.MaxFrame, codec.MaxFrame + 1, inboxSize, inboxSize + 1, 1 << 31, 1<<32 - 1,
+	}
 	for n := range good {
 		t.Run(fmt.Sprint("word ", n), func(t *testing.T) {
 			for _, value := range values {

@@ -66,7 +66,9 @@ const (
 )
 
 // Extra returns the files for exec.Cmd.ExtraFiles.
-func (f Files) Extra() []*os.File { return []*os.File{f.Control, f.Inflight, f.Progress, f.Program} }
+func (f Files) Extra() []*os.File {
+	return []*os.File{f.Control, f.Inflight, f.Progress, f.Program}
+}
 
 // InheritedControl returns the control that this process, a server, was started
 // with.
@@ -206,7 +208,8 @@ func (e *VersionError) Error() string {
 	if e.Other != 0 {
 		other = fmt.Sprint("of version ", e.Other)
 	}
-	return fmt.Sprintf("supervisor and server do not fit: one is %s, the other of version %d: restart the helper to change the program", other, Version)
+	return fmt.Sprintf("supervisor and server do not fit: one is %s, the other of version %d: "+
+		"restart the helper to change the program", other, Version)
 }
 
 // SendReady tells the supervisor that the server takes connections.

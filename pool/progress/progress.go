@@ -47,7 +47,8 @@ func Create(n int) (*os.File, error) {
 	f := os.NewFile(uintptr(fd), "progress")
 	err = unix.Ftruncate(fd, connsAt+int64(n)*recordSize)
 	if err == nil {
-		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+		const seals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals)
 	}
 	if err != nil {
 		f.Close()
@@ -65,7 +66,8 @@ func Map(f *os.File) (*Memory, error) {
 	if err != nil {
 		return nil, fmt.Errorf("progress: %w", err)
 	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	const access = unix.PROT_READ | unix.PROT_WRITE
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), access, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("progress: mmap: %w", err)
 	}

@@ -55,7 +55,7 @@ func TestRecords(t *testing.T) {
 		t.Errorf("age %v in an hour", age)
 	}
 	c.Answering()
-	if v := supervisor.Conn(2).Work(); !v.Answering() || !v.Same(w) || v.Type() != w.Type() || v.Age(before) != w.Age(before) {
+	if v := supervisor.Conn(2).Work(); !v.Answering() || !v.Same(w) || v.Type() != w.Type() {
 		t.Errorf("%#x becomes %#x", w, v)
 	}
 	for _, n := range []uint32{0, 1} {
@@ -83,7 +83,8 @@ func TestRecords(t *testing.T) {
 // age that is none or past.
 func TestHostileRecords(t *testing.T) {
 	supervisor, server := both(t, 1)
-	for _, word := range []uint64{1, lowByte, answering, 1 << 63, math.MaxUint64, math.MaxInt64, uint64(Now()) + 1<<40} {
+	words := []uint64{1, lowByte, answering, 1 << 63, math.MaxUint64, math.MaxInt64, uint64(Now()) + 1<<40}
+	for _, word := range words {
 		server.Conn(0).work.Store(word)
 		w := supervisor.Conn(0).Work()
 		if age := w.Age(Now()); age < 0 || age > time.Duration(Now()) || w.Type().String() == "" {

@@ -59,7 +59,9 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		memory.release()
 		return nil, err
 	}
-	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: memory.file, Progress: sv.progressFile, Program: program}.Extra()
+	cmd.ExtraFiles = ipc.Files{
+		Control: theirs, Inflight: memory.file, Progress: sv.progressFile, Program: program,
+	}.Extra()
 	started := sv.newLoops(sv.number)
 	cmd.Stdout = sv.output()
 	cmd.Stderr = cmd.Stdout
@@ -92,7 +94,9 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		}
 		return nil, err
 	}
-	return &server{cmd: cmd, control: control, memory: memory, began: time.Now(), loops: started}, nil
+	return &server{
+		cmd: cmd, control: control, memory: memory, began: time.Now(), loops: started,
+	}, nil
 }
 
 // onViolation acts on a system call that a server has no use for.

@@ -75,7 +75,8 @@ func (sv *supervisor) onMoved(e moved) {
 	e.from.release()
 	switch {
 	case e.err != nil:
-		sv.log.Warn("connection not yet served: its slot can't be copied", "connection", e.id, "error", e.err)
+		sv.log.Warn("connection not yet served: its slot can't be copied",
+			"connection", e.id, "error", e.err)
 		sv.retryAssign(e.id, c)
 	case sv.current != nil && sv.current.memory == e.to:
 		c.memory.release()

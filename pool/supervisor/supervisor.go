@@ -252,11 +252,11 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 				patience = time.After(ipc.StopTime + time.Second)
 			}
 		case <-patience:
-			sv.log.Warn("stopped with connections that were not answered", "connections", len(sv.conns))
+			sv.log.Warn("stopped with connections that were not answered",
+				"connections", len(sv.conns))
 			return sv.stopped
 		case <-tick.C:
-			sv.tick()
-			tick.Reset(tickTime)
+			tick.Reset(sv.tick())
 		case event := <-sv.events:
 			sv.handle(event)
 		}
@@ -455,7 +455,8 @@ func (sv *supervisor) serverEnded(s *server, err error) {
 	case s.stopped && (err == nil || s.killed):
 		return
 	case sv.stopping && errors.Is(err, errHeld):
-		sv.log.Warn("stopped with a request that a file system does not answer", "pid", s.pid(), "connections", lost)
+		sv.log.Warn("stopped with a request that a file system does not answer",
+			"pid", s.pid(), "connections", lost)
 		return
 	case sv.stopping:
 		sv.stopped = fmt.Errorf("the server died: %w", err)
