@@ -17,9 +17,8 @@ import (
 
 // deaf is a client that asks more than its answers have room for, and does not
 // read them. It returns how many answers it is owed, when the server waits.
-func deaf(t *testing.T, name string) (c *helpertest.Client, owed int) {
+func deaf(t *testing.T, c *helpertest.Client) (owed int) {
 	t.Helper()
-	c = helpertest.Dial(t, name)
 	var all []byte
 	for range 2000 {
 		all = append(all, frame(codec.Lstat, "/a")...)
@@ -39,32 +38,41 @@ func deaf(t *testing.T, name string) (c *helpertest.Client, owed int) {
 		unix.Nanosleep(&unix.Timespec{Nsec: 5e7}, nil)
 		return err == nil && n > 0 && n == was
 	})
-	return c, 2000
+	return 2000
 }
 
 // An old server that a client keeps is killed, and the new one goes on with that
 // client.
 func TestRenewedWhileDeaf(t *testing.T) {
-	t.Parallel()
-	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	other := helpertest.Dial(t, name)
-	c, owed := deaf(t, name)
-	old := p.Server()
-	unix.Kill(p.PID, unix.SIGHUP)
-	helpertest.Eventually(t, "the old server is gone", func() bool {
-		pids := helpertest.Children(p.PID)
-		return len(pids) == 1 && pids[0] != old
-	})
-	if !p.Logged("killing the old server") {
-		t.Errorf("it is not logged:\n%s", p.Output())
-	}
-	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	for range owed {
-		if a := c.Read(codec.Lstat); a.Errno != 0 {
-			t.Fatal(a.Errno)
+	helpertest.EachWay(t, fourWays, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		owed := deaf(t, c)
+		old := h.Server()
+		unix.Kill(h.PID, unix.SIGHUP)
+		if !way.FD { // the others are served at once
+			h.Dial().Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 		}
+		helpertest.Eventually(t, "the old server is gone", func() bool {
+			pids := helpertest.Children(h.PID)
+			return len(pids) == 1 && pids[0] != old
+		})
+		helpertest.Eventually(t, "it is logged", func() bool { return h.Logged("killing the old server") })
+		for range owed {
+			if a := c.Read(codec.Lstat); a.Errno != 0 {
+				t.Fatal(a.Errno)
+			}
+		}
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+	})
+}
+
+// fourWays leaves out most ways for tests that take long.
+func fourWays(w helpertest.Way) (reason string) {
+	if w.Sandbox != "namespace" || w.Foreground == w.Rootless {
+		return "what is tested does not depend on it, and takes long"
 	}
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+	return ""
 }
 
 // So is one that does nothing at all.
@@ -87,7 +95,8 @@ func TestRenewedWhileStopped(t *testing.T) {
 func TestStoppedWhileDeaf(t *testing.T) {
 	t.Parallel()
 	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	c, _ := deaf(t, name)
+	c := helpertest.Dial(t, name)
+	deaf(t, c)
 	other := helpertest.Dial(t, name)
 	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 	p.Signal(syscall.SIGTERM)
@@ -103,17 +112,19 @@ func TestStoppedWhileDeaf(t *testing.T) {
 
 // A server that lives but does not serve is replaced.
 func TestStoppedServer(t *testing.T) {
-	t.Parallel()
-	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	old := p.Server()
-	unix.Kill(old, unix.SIGSTOP)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
-	if !p.Logged("its loop does not move") || p.Server() == old {
-		t.Errorf("not replaced, or without a line:\n%s", p.Output())
-	}
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+	helpertest.EachWay(t, fourWays, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		old := h.Server()
+		unix.Kill(old, unix.SIGSTOP)
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		helpertest.Eventually(t, "it is logged", func() bool { return h.Logged("its loop does not move") })
+		if h.Server() == old {
+			t.Error("not replaced")
+		}
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
+	})
 }
 
 // Time in which the supervisor does not run does not count against the server:
@@ -203,7 +214,8 @@ func TestLateRequest(t *testing.T) {
 func TestDeafClient(t *testing.T) {
 	t.Parallel()
 	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
-	c, owed := deaf(t, name)
+	c := helpertest.Dial(t, name)
+	owed := deaf(t, c)
 	helpertest.Eventually(t, "it is logged", func() bool { return p.Logged("a client does not read its answer") })
 	if p.Logged("a request is late") {
 		t.Errorf("the request is late, too:\n%s", p.Output())
