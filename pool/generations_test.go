@@ -1,8 +1,6 @@
 package pool_test
 
 import (
-	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -129,7 +127,7 @@ func TestStoppedServer(t *testing.T) {
 
 // Time in which the supervisor does not run does not count against the server:
 // both are stopped with a machine, a container, a debugger.
-func TestStoppedSupervisor(t *testing.T) {
+func TestSuspended(t *testing.T) {
 	t.Parallel()
 	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
 	c := helpertest.Dial(t, name)
@@ -176,17 +174,9 @@ const (
 // answered. Its server stays: it serves the others.
 func TestLateRequest(t *testing.T) {
 	t.Parallel()
-	dir := export(t)
-	stuck := filepath.Join(dir, "stuck")
-	if err := os.Mkdir(stuck, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	fs, err := slowfs.Mount(stuck, t.TempDir(), slowfs.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { fs.Close() })
-	fs.Hold(slowfs.Lookups)
+	var fs *slowfs.FS
+	dir := t.TempDir()
+	fillStuck(&fs)(t, dir)
 	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
 	other, c := helpertest.Dial(t, name), helpertest.Dial(t, name)
 	other.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
@@ -224,4 +214,27 @@ func TestDeafClient(t *testing.T) {
 		c.Read(codec.Lstat)
 	}
 	helpertest.Eventually(t, "the end is logged", func() bool { return p.Logged("a late request is answered") })
+}
+
+// An old server that is killed while a file system holds a request of it is not
+// waited for.
+func TestRenewedWhileHeld(t *testing.T) {
+	t.Parallel()
+	var fs *slowfs.FS
+	dir := t.TempDir()
+	fillStuck(&fs)(t, dir)
+	p, name := helpertest.Listen(t, helpertest.Ours(t), dir)
+	c := helpertest.Dial(t, name)
+	c.Send(append(frame(codec.Mkdir, "/stuck/x"), frame(codec.Lstat, "/a")...))
+	helpertest.Eventually(t, "the request hangs", func() bool { return fs.Waiting() == 1 })
+	unix.Kill(p.PID, unix.SIGHUP)
+	// The request is not done twice, as it changes something.
+	if a := c.Read(codec.Mkdir); a.Errno != unix.EIO {
+		t.Errorf("%v, want EIO", a.Errno)
+	}
+	if a := c.Read(codec.Lstat); a.Errno != 0 {
+		t.Error(a.Errno)
+	}
+	fs.Release()
+	helpertest.Eventually(t, "one server", func() bool { return len(helpertest.Children(p.PID)) == 1 })
 }

@@ -35,10 +35,12 @@ func (s *server) end(how ipc.Kind) {
 	go s.control.Send(how, nil, nil, 0)
 }
 
-// kill ends the server whatever it does.
+// kill ends the server whatever it does. Its death is not waited for long, even
+// where awaitDeath can't tell of it.
 func (s *server) kill() {
 	s.killed = true
 	s.cmd.Process.Kill()
+	time.AfterFunc(dyingTime, s.control.Shutdown)
 }
 
 // startServer starts a server and waits until it can serve.
