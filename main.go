@@ -27,6 +27,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"virtfs-proxy-helper/pool"
+	"virtfs-proxy-helper/pool/logging"
 	"virtfs-proxy-helper/pool/supervisor"
 )
 
@@ -37,14 +38,16 @@ func main() {
 		return
 	case err != nil:
 	case role == supervisor.RoleServer:
-		err = opts.server.Run(supervisor.NewLog(opts.Path, opts.LogLevel, os.Stderr))
+		err = opts.server.Run(logging.ForServer(opts.LogLevel))
 	case role == supervisor.RoleSupervisor:
 		err = opts.RunDetached()
 	default:
 		err = opts.Start(opts.nodaemon)
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "%s: %v\n", supervisor.Name, err)
+		if !errors.As(err, &logging.Told{}) {
+			logging.Complain(supervisor.Name, err)
+		}
 		os.Exit(1)
 	}
 }
@@ -147,7 +150,7 @@ func parseOptions(args []string) (*options, error) {
 	case !o.Sandbox.Seccomp.Valid():
 		return bad("--seccomp %q: not one of kill, log, none", o.Sandbox.Seccomp)
 	}
-	o.UID, o.GID = int(uid), int(gid)
+	o.UID, o.GID, o.Version = int(uid), int(gid), buildVersion()
 	o.Sandbox.ReadOnly = o.server.FS.ReadOnly
 	if o.PIDFile != "" { // the daemon leaves this directory before it removes the file
 		if o.PIDFile, err = filepath.Abs(o.PIDFile); err != nil {

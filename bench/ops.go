@@ -130,7 +130,7 @@ var operations = [numOperations]operation{
 		name: "rename", typ: codec.Rename, size: 4,
 		fill: func(q *codec.Request, dir string, i int) {
 			q.Path = codec.CString(dir + "/" + alternate(i, "from", "to"))
-			q.Other = codec.CString(dir + "/" + alternate(i, "to", "from"))
+			q.NewPath = codec.CString(dir + "/" + alternate(i, "to", "from"))
 		},
 	},
 	{
@@ -166,13 +166,13 @@ var operations = [numOperations]operation{
 	{
 		name: "symlink", typ: codec.Symlink, size: 4, after: remove,
 		fill: func(q *codec.Request, dir string, i int) {
-			q.Path, q.Other = fresh(dir, i), codec.CString("file")
+			q.Path, q.Target = fresh(dir, i), codec.CString("file")
 		},
 	},
 	{
 		name: "link", typ: codec.Link, size: 4, after: remove,
 		fill: func(q *codec.Request, dir string, i int) {
-			q.Path, q.Other = fid(dir, "file"), fresh(dir, i)
+			q.Path, q.NewPath = fid(dir, "file"), fresh(dir, i)
 		},
 	},
 	{
@@ -298,8 +298,8 @@ func fixtures(dir string) (setup, teardown []request) {
 		})
 	}
 	add(&setup, codec.Symlink, codec.Request{
-		Path:  codec.CString(dir + "/link"),
-		Other: codec.CString("file"),
+		Path:   codec.CString(dir + "/link"),
+		Target: codec.CString("file"),
 	})
 	add(&setup, codec.Lsetxattr, setAttribute(fid(dir, "file")))
 	for _, name := range []string{"/file", "/from", "/to", "/link", ""} {

@@ -159,9 +159,9 @@ func treeBefore(list []exchange) tree {
 		if !q.Decode(x.typ, slices.Clone(x.frame[codec.HeaderSize:])) {
 			continue
 		}
-		path, other := filepath.Clean("/"+string(q.Path.Text())), ""
+		path, newPath := filepath.Clean("/"+string(q.Path.Text())), ""
 		if x.typ == codec.Link || x.typ == codec.Rename {
-			other = filepath.Clean("/" + string(q.Other.Text()))
+			newPath = filepath.Clean("/" + string(q.NewPath.Text()))
 		}
 		if !known[path] && !slices.Contains(creating, x.typ) && path != "/" {
 			origin := path
@@ -186,15 +186,15 @@ func treeBefore(list []exchange) tree {
 		known[path] = true
 		switch x.typ {
 		case codec.Link:
-			known[other] = true
+			known[newPath] = true
 		case codec.Rename:
-			known[other] = true
+			known[newPath] = true
 			for p := range known {
 				if below(p, path) {
-					known[other+p[len(path):]] = true
+					known[newPath+p[len(path):]] = true
 				}
 			}
-			moves = append(moves, move{path, other})
+			moves = append(moves, move{path, newPath})
 		}
 	}
 	return before

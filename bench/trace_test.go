@@ -103,7 +103,7 @@ func TestTreeBefore(t *testing.T) {
 	add(codec.Create, 0, path("//new"), 0)
 	add(codec.Lstat, 0, path("//new\x00"), unix.S_IFREG|0o644)
 	add(codec.Lstat, 0, path("//dir\x00"), unix.S_IFDIR|0o700)
-	add(codec.Rename, 0, codec.Request{Path: codec.CString("//dir"), Other: codec.CString("//moved")}, 0)
+	add(codec.Rename, 0, codec.Request{Path: codec.CString("//dir"), NewPath: codec.CString("//moved")}, 0)
 	add(codec.Lstat, 0, path("//moved/pipe\x00"), unix.S_IFIFO|0o600) // so it was dir/pipe
 	add(codec.Chmod, 0, path("//old\x00"), 0)
 	add(codec.Remove, 0, path("//old"), 0)

@@ -45,9 +45,9 @@ var requests = []struct {
 	{"05000000 11000000 00000000 00000000 0300 2f2f77 ed410000", // *
 		Mkdir, Request{Path: cstr("//w"), Mode: 0o40755}},
 	{"06000000 14000000 00000000 00000000 0100 61 0700 2f2f772f6c6e6b", // *
-		Symlink, Request{Other: cstr("a"), Path: cstr("//w/lnk")}},
+		Symlink, Request{Target: cstr("a"), Path: cstr("//w/lnk")}},
 	{"07000000 1f000000 1300 2f2f772f737263332f524541444d452e6d6400 0800 2f2f772f68617264", // *
-		Link, Request{Path: cstr("//w/src3/README.md"), Other: cstr("//w/hard")}},
+		Link, Request{Path: cstr("//w/src3/README.md"), NewPath: cstr("//w/hard")}},
 	{"08000000 04000000 0200 2f00", // *
 		Lstat, Request{Path: cstr("/")}},
 	{"08000000 02000000 0000", Lstat, Request{Path: cstr("")}},
@@ -73,7 +73,7 @@ var requests = []struct {
 		Utime,
 		Request{Path: cstr("//w/src"), Atime: Time{0x6b047071, 1}, Mtime: Time{0x6b047071, unix.UTIME_OMIT}}},
 	{"0f000000 14000000 0800 2f2f772f73726332 0800 2f2f772f73726333", // *
-		Rename, Request{Path: cstr("//w/src2"), Other: cstr("//w/src3")}},
+		Rename, Request{Path: cstr("//w/src2"), NewPath: cstr("//w/src3")}},
 	{"10000000 13000000 1100 2f2f772f7372632f524541444d452e6d64", // *
 		Remove, Request{Path: cstr("//w/src/README.md")}},
 	{"11000000 2d000000 00000000 1200 2f2f772f7372632f524541444d452e6d6400 1300 73656375726974792e6361706162696c697479",
@@ -310,7 +310,7 @@ func FuzzDecode(f *testing.F) {
 		} else if !ok {
 			return
 		}
-		for _, s := range []CString{q.Path, q.Other, q.Name} {
+		for _, s := range []CString{q.Path, q.NewPath, q.Target, q.Name} {
 			if s != nil && bytes.IndexByte(s, 0) != len(s)-1 {
 				t.Fatalf("%q does not end in its only NUL", s)
 			}

@@ -19,10 +19,11 @@ func (s CString) Text() []byte { return s[:len(s)-1] }
 // used again for every request of a connection, so that decoding takes no
 // memory: its strings lie in the buffer of the frame.
 type Request struct {
-	Path  CString // what the request is about; old name of LINK and RENAME
-	Other CString // new name of LINK and RENAME; target of SYMLINK, not checked to be a path
-	Name  CString // of the extended attribute
-	Value []byte  // of the extended attribute, binary
+	Path    CString // what the request is about; old name of LINK and RENAME
+	NewPath CString // new name of LINK and RENAME
+	Target  CString // target of SYMLINK, not checked to be a path
+	Name    CString // of the extended attribute
+	Value   []byte  // of the extended attribute, binary
 
 	UID, GID uint32 // 0xffffffff is -1
 	Mode     uint32
@@ -55,9 +56,9 @@ func (q *Request) Decode(t Type, payload []byte) bool {
 	case Mkdir:
 		q.UID, q.GID, q.Path, q.Mode = r.u32(), r.u32(), r.str(), r.u32()
 	case Symlink:
-		q.UID, q.GID, q.Other, q.Path = r.u32(), r.u32(), r.str(), r.str()
+		q.UID, q.GID, q.Target, q.Path = r.u32(), r.u32(), r.str(), r.str()
 	case Link, Rename:
-		q.Path, q.Other = r.str(), r.str()
+		q.Path, q.NewPath = r.str(), r.str()
 	case Lstat, Statfs, Remove, GetVersion:
 		q.Path = r.str()
 	case Readlink:
@@ -100,9 +101,9 @@ func (q *Request) Append(b []byte, t Type) []byte {
 	case Mkdir:
 		w.u32(q.UID).u32(q.GID).str(q.Path).u32(q.Mode)
 	case Symlink:
-		w.u32(q.UID).u32(q.GID).str(q.Other).str(q.Path)
+		w.u32(q.UID).u32(q.GID).str(q.Target).str(q.Path)
 	case Link, Rename:
-		w.str(q.Path).str(q.Other)
+		w.str(q.Path).str(q.NewPath)
 	case Lstat, Statfs, Remove, GetVersion:
 		w.str(q.Path)
 	case Readlink:

@@ -85,11 +85,18 @@ func steady() []sequence {
 	return []sequence{
 		{"Open", []step{open("/file", unix.O_RDWR), open("/link", unix.O_RDONLY)}},
 		{"OpenDirectory", []step{open("/dir", unix.O_DIRECTORY), open("/dir", unix.O_PATH)}},
-		{"OpenCreate", []step{open("/file", unix.O_RDWR|unix.O_CREAT), open("/new", unix.O_CREAT|unix.O_RDWR|unix.O_EXCL), remove("/new")}},
+		{"OpenCreate", []step{
+			open("/file", unix.O_RDWR|unix.O_CREAT),
+			open("/new", unix.O_CREAT|unix.O_RDWR|unix.O_EXCL), remove("/new"),
+		}},
 		{"Create", []step{create("/empty/new", unix.O_RDWR|unix.O_CREAT, 0o644, 1000, 1000), remove("/empty/new")}},
 		{"CreateAsRoot", []step{create("/new", unix.O_RDWR|unix.O_CREAT, 0o644, 0, 0), remove("/new")}},
-		{"CreateAsRootOfAnotherGroup", []step{create("/new", unix.O_RDWR|unix.O_CREAT, 0o644, 0, 1000), remove("/new")}},
-		{"CreateWhereTheHostWouldNotLet", []step{create("/dir/sub/new", unix.O_RDWR|unix.O_CREAT, 0o644, 1000, 1000), remove("/dir/sub/new")}},
+		{"CreateAsRootOfAnotherGroup", []step{
+			create("/new", unix.O_RDWR|unix.O_CREAT, 0o644, 0, 1000), remove("/new"),
+		}},
+		{"CreateWhereTheHostWouldNotLet", []step{
+			create("/dir/sub/new", unix.O_RDWR|unix.O_CREAT, 0o644, 1000, 1000), remove("/dir/sub/new"),
+		}},
 		{"Mknod", []step{mknod("/empty/new", unix.S_IFIFO|0o644, 0, 1000, 1000), remove("/empty/new")}},
 		{"Mkdir", []step{mkdir("/empty/new", 0o755, 1000, 1000), remove("/empty/new")}},
 		{"Symlink", []step{symlink("target", "/empty/new", 1000, 1000), remove("/empty/new")}},
@@ -106,10 +113,17 @@ func steady() []sequence {
 		{"Lgetxattr", []step{lgetxattr("/file", "user.a", 65536), lgetxattr("/file", "user.a", 0)}},
 		{"Llistxattr", []step{llistxattr("/file", 65536)}},
 		{"Lsetxattr", []step{lsetxattr("/file", "user.new", "value", 5, 0)}},
-		{"ACL", []step{lsetxattr("/big", "system.posix_acl_access", acl, len(acl), 0), lgetxattr("/big", "system.posix_acl_access", 100)}},
+		{"ACL", []step{
+			lsetxattr("/big", "system.posix_acl_access", acl, len(acl), 0),
+			lgetxattr("/big", "system.posix_acl_access", 100),
+		}},
 		{"Lremovexattr", []step{lsetxattr("/file", "user.new", "value", 5, 0), lremovexattr("/file", "user.new")}},
 		{"GetVersion", []step{getversion("/file")}},
-		{"LongPath", []step{lstat(long + "/file"), open(deep+"/file", 0), create(long+"/dir/sub/new", unix.O_CREAT, 0o644, 1000, 1000), rename(long+"/dir/sub/new", deep+"/new"), statfs(long), lgetxattr(long+"/file", "user.a", 100), remove(deep + "/new")}},
+		{"LongPath", []step{
+			lstat(long + "/file"), open(deep+"/file", 0),
+			create(long+"/dir/sub/new", unix.O_CREAT, 0o644, 1000, 1000), rename(long+"/dir/sub/new", deep+"/new"),
+			statfs(long), lgetxattr(long+"/file", "user.a", 100), remove(deep + "/new"),
+		}},
 	}
 }
 
@@ -124,7 +138,7 @@ func (l *local) run(tb testing.TB, s sequence, loop func(once func())) {
 	for _, st := range s.steps {
 		st.q.Path = append([]byte(l.root), st.q.Path...)
 		if st.t == codec.Link || st.t == codec.Rename {
-			st.q.Other = append([]byte(l.root), st.q.Other...)
+			st.q.NewPath = append([]byte(l.root), st.q.NewPath...)
 		}
 		frames = append(frames, frame{st, bytes.Clone(st.frame(true)[codec.HeaderSize:])})
 	}

@@ -9,10 +9,11 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 )
 
-// withCredentials runs do, which makes a file, with this thread withCredentials uid:gid: effective ids,
-// which the file system ids follow, and of the capabilities at most
-// CAP_DAC_OVERRIDE, withCredentials the guest has checked permissions already. 0:0 is what
-// every thread is anyway: it keeps all that the process has.
+// withCredentials runs do, which makes a file, while this thread has the
+// credentials uid:gid: effective ids, which the file system ids follow, and of
+// the capabilities at most CAP_DAC_OVERRIDE, as the guest has checked
+// permissions already. 0:0 is what every thread is anyway: it keeps all that
+// the process has.
 //
 // A uid other than 0 takes all capabilities away. Most files are made where
 // their owner may write, so CAP_DAC_OVERRIDE comes back only if do fails for
@@ -40,7 +41,7 @@ func (c *Call) withCredentials(uid, gid uint32, do func() unix.Errno) unix.Errno
 // assume switches this thread to uid:gid. It is EPERM, not the kernel's EINVAL,
 // if the user namespace has no such id. The calls are raw ones: identity
 // belongs to a thread, and the C library's (and Go's) setters change all of
-// them. The goroutine is locked to its thread until revert, which also keeps
+// them. The goroutine is locked to its thread until restore, which also keeps
 // the runtime from cloning new threads, and with them the identity, from this
 // one.
 func (c *Call) assume(uid, gid uint32) (errno unix.Errno) {
@@ -75,7 +76,7 @@ func (c *Call) idUnmapped(uid, gid uint32) bool {
 	return c.withCredentials(uid, gid, func() unix.Errno { return 0 }) == unix.EPERM
 }
 
-// restore takes become back. The real ids are 0, so it needs no capability. If
+// restore takes assume back. The real ids are 0, so it needs no capability. If
 // it fails all the same, the thread is lost to further requests.
 func (c *Call) restore(uid, gid uint32) {
 	var errno unix.Errno
@@ -122,7 +123,8 @@ func seteuid(uid uint32) unix.Errno {
 }
 
 func capset(data *capData) unix.Errno {
-	return identityCall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&capHeader)), uintptr(unsafe.Pointer(data)), 0)
+	return identityCall(unix.SYS_CAPSET,
+		uintptr(unsafe.Pointer(&capHeader)), uintptr(unsafe.Pointer(data)), 0)
 }
 
 // identityCall never waits: no need to tell the scheduler.

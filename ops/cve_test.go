@@ -35,7 +35,8 @@ import (
 //	                LSETXATTR sizes beyond the value: its heap          TestLengthsThatLie
 //	                LGETXATTR, READLINK of negative sizes abort it      TestLengthsThatLie
 //	                LGETXATTR of 1 GiB takes that                       TestLengthsThatLie
-//	                creates as 0:gid lose its capabilities              TestCreateAsRootOfAnotherGroup, TestIdentityIsTakenBack
+//	                creates as 0:gid lose its capabilities              TestCreateAsRootOfAnotherGroup,
+//	                                                                    TestIdentityIsTakenBack
 //	                so do those as -1                                   TestCreateAsNobody
 //	                its starter's groups are kept                       TestCVE2022_0358
 //	                no path of more than 4095 bytes                     TestLongPaths
@@ -129,12 +130,15 @@ func TestCVE2023_2861(t *testing.T) {
 	writer := newOpener(t, fifo, unix.O_WRONLY)
 	for _, path := range []string{"/fifo", "/fifolink"} {
 		want(t, c, unix.ENXIO,
-			open(path, unix.O_RDONLY), open(path, unix.O_RDONLY|unix.O_NONBLOCK), open(path, unix.O_RDONLY|unix.O_CREAT), open(path, unix.O_RDWR), open(path, 3),
+			open(path, unix.O_RDONLY), open(path, unix.O_RDONLY|unix.O_NONBLOCK),
+			open(path, unix.O_RDONLY|unix.O_CREAT), open(path, unix.O_RDWR), open(path, 3),
 			create(path, unix.O_RDONLY, 0, 1000, 1000), create(path, unix.O_RDONLY|unix.O_CREAT, 0o600, 0, 0))
 		want(t, c, unix.ENOTTY, getversion(path))
 	}
 	for _, path := range []string{"/null", "/block", "/sock"} {
-		want(t, c, unix.ENXIO, open(path, unix.O_RDWR), open(path, unix.O_CREAT|unix.O_WRONLY), create(path, unix.O_CREAT, 0o600, 1000, 1000))
+		want(t, c, unix.ENXIO,
+			open(path, unix.O_RDWR), open(path, unix.O_CREAT|unix.O_WRONLY),
+			create(path, unix.O_CREAT, 0o600, 1000, 1000))
 	}
 	want(t, c, unix.ENOTTY, getversion("/null"), getversion("/block"))
 	want(t, c, unix.ENXIO, getversion("/sock"))
@@ -144,7 +148,10 @@ func TestCVE2023_2861(t *testing.T) {
 
 	notOpened = watchOpens(t, dir, "fifo")
 	reader := newOpener(t, fifo, unix.O_RDONLY)
-	want(t, c, unix.ENXIO, open("/fifo", unix.O_WRONLY), open("/fifo", unix.O_WRONLY|unix.O_TRUNC), open("/fifo", unix.O_WRONLY|unix.O_NONBLOCK), create("/fifolink", unix.O_WRONLY|unix.O_CREAT, 0o600, 1000, 1000))
+	want(t, c, unix.ENXIO,
+		open("/fifo", unix.O_WRONLY), open("/fifo", unix.O_WRONLY|unix.O_TRUNC),
+		open("/fifo", unix.O_WRONLY|unix.O_NONBLOCK),
+		create("/fifolink", unix.O_WRONLY|unix.O_CREAT, 0o600, 1000, 1000))
 	reader.mustBlock(t)
 	notOpened()
 	reader.release(t, fifo)
@@ -165,10 +172,13 @@ func TestCVE2022_0358(t *testing.T) {
 	})
 	c := helpertest.NewClient(t, ours)
 	want(t, c, 0,
-		create("/sgid/new", unix.O_CREAT, 0o2775, 1000, 1000), mknod("/sgid/nod", unix.S_IFREG|0o2775, 0, 1000, 1000), open("/sgid", unix.O_DIRECTORY),
+		create("/sgid/new", unix.O_CREAT, 0o2775, 1000, 1000),
+		mknod("/sgid/nod", unix.S_IFREG|0o2775, 0, 1000, 1000), open("/sgid", unix.O_DIRECTORY),
 		create("/sgid/as200", unix.O_CREAT, 0o2775, 1000, 200), create("/sgid/root", unix.O_CREAT, 0o2775, 0, 1000),
 		create("/sgid/own", unix.O_CREAT, 0o2775, 1000, 100)) // his group: the bit is his to set
-	for name, mode := range map[string]os.FileMode{"new": 0o775, "nod": 0o775, "as200": 0o775, "root": 0o775, "own": 0o775 | os.ModeSetgid} {
+	for name, mode := range map[string]os.FileMode{
+		"new": 0o775, "nod": 0o775, "as200": 0o775, "root": 0o775, "own": 0o775 | os.ModeSetgid,
+	} {
 		st, err := os.Stat(filepath.Join(dir, "sgid", name))
 		if err != nil || st.Mode() != mode {
 			t.Errorf("%s: mode %v, %v, want %v", name, st.Mode(), err, mode)
@@ -247,7 +257,8 @@ func TestCVE2023_2861Race(t *testing.T) {
 		race(t, func() (regular, special bool) {
 			for _, path := range append(paths, "/to") {
 				for _, s := range []step{
-					open(path, unix.O_RDONLY), open(path, unix.O_WRONLY), open(path, unix.O_RDWR|unix.O_CREAT), open(path, unix.O_TRUNC|unix.O_WRONLY), open(path, unix.O_CREAT|unix.O_EXCL),
+					open(path, unix.O_RDONLY), open(path, unix.O_WRONLY), open(path, unix.O_RDWR|unix.O_CREAT),
+					open(path, unix.O_TRUNC|unix.O_WRONLY), open(path, unix.O_CREAT|unix.O_EXCL),
 					create(path, unix.O_CREAT|unix.O_RDWR, 0o600, 1000, 1000), create(path, unix.O_WRONLY, 0, 0, 0),
 					getversion(path),
 				} {
@@ -338,7 +349,11 @@ func mustBeInside(t *testing.T, s step, a helpertest.Answer) {
 func TestCVE2016_9602(t *testing.T) {
 	t.Parallel()
 	_, outside, c, check := newOutside(t)
-	for _, way := range []string{"/absolute", "/relative", "/up", "/proc", "/cwd", "/..", "/../..", "..", "../outside", "/../outside", "/dir/../../outside", "/dirlink/../../outside", "/../../../../../../.." + outside, outside, strings.Repeat("/..", 5000) + outside} {
+	for _, way := range []string{
+		"/absolute", "/relative", "/up", "/proc", "/cwd", "/..", "/../..", "..",
+		"../outside", "/../outside", "/dir/../../outside", "/dirlink/../../outside",
+		"/../../../../../../.." + outside, outside, strings.Repeat("/..", 5000) + outside,
+	} {
 		for _, below := range []string{"/file", "/link", "/sub", "/new", ""} {
 			for _, f := range append(ofPath,
 				func(p string) step { return lgetxattr(p, "user.outside", 100) },
@@ -385,10 +400,15 @@ func TestCVE2016_9602Race(t *testing.T) {
 			n++
 			file := way + "/file"
 			for _, s := range []step{
-				create(file, unix.O_CREAT|unix.O_RDWR, 0o666, 1000, 1000), lstat(file), open(file, unix.O_RDWR), open(file, unix.O_CREAT|unix.O_TRUNC|unix.O_WRONLY), chmod(file, 0o777), chown(file, 5, 5), truncate(file, 1), utime(file, 1, 2, 3, 4),
-				lsetxattr(file, "user.a", "x", 1, 0), lgetxattr(file, "user.outside", 100), llistxattr(file, 1000), lremovexattr(file, "user.outside"), statfs(file), getversion(file),
-				readlink(way+"/link", 100), remove(way + "/link"), remove(way + "/sub"), open(way, unix.O_DIRECTORY), open(way, unix.O_TMPFILE|unix.O_RDWR),
-				link("/file", way+"/hard"), rename(file, way+"/renamed"), rename(way+"/renamed", file), mkdir(way+"/new", 0o755, 0, 0), remove(way + "/new"), symlink("x", way+"/new", 1000, 1000), remove(way + "/new"), mknod(way+"/new", unix.S_IFREG, 0, 0, 0), remove(way + "/new"), remove(way + "/hard"), remove(file),
+				create(file, unix.O_CREAT|unix.O_RDWR, 0o666, 1000, 1000), lstat(file),
+				open(file, unix.O_RDWR), open(file, unix.O_CREAT|unix.O_TRUNC|unix.O_WRONLY), chmod(file, 0o777),
+				chown(file, 5, 5), truncate(file, 1), utime(file, 1, 2, 3, 4), lsetxattr(file, "user.a", "x", 1, 0),
+				lgetxattr(file, "user.outside", 100), llistxattr(file, 1000), lremovexattr(file, "user.outside"),
+				statfs(file), getversion(file), readlink(way+"/link", 100), remove(way + "/link"), remove(way + "/sub"),
+				open(way, unix.O_DIRECTORY), open(way, unix.O_TMPFILE|unix.O_RDWR), link("/file", way+"/hard"),
+				rename(file, way+"/renamed"), rename(way+"/renamed", file), mkdir(way+"/new", 0o755, 0, 0),
+				remove(way + "/new"), symlink("x", way+"/new", 1000, 1000), remove(way + "/new"),
+				mknod(way+"/new", unix.S_IFREG, 0, 0, 0), remove(way + "/new"), remove(way + "/hard"), remove(file),
 			} {
 				a := ask(t, c, s)
 				if s.t == codec.Create {
@@ -409,13 +429,22 @@ func TestCVE2016_8578(t *testing.T) {
 	before := look(t, dir, time.Unix(1<<40, 0))
 	paths := func(make func(path string) step) []step { return []step{make("")} }
 	empty := map[codec.Type][]step{
-		codec.Open:    {open("", 0), open("", unix.O_CREAT|unix.O_RDWR), open("", unix.O_TMPFILE|unix.O_RDWR), open("", unix.O_PATH), open("", unix.O_DIRECTORY)},
-		codec.Create:  {create("", unix.O_CREAT, 0o644, 0, 0), create("", unix.O_CREAT|unix.O_RDWR, 0o644, 1000, 1000), create("", 0, 0, 0, 1000)},
-		codec.Mknod:   paths(func(p string) step { return mknod(p, unix.S_IFREG, 0, 1000, 1000) }),
-		codec.Mkdir:   paths(func(p string) step { return mkdir(p, 0o755, 1000, 1000) }),
-		codec.Symlink: {symlink("", "/new", 1000, 1000), symlink("x", "", 1000, 1000), symlink("", "", 0, 0)},
-		codec.Link:    {link("", "/new"), link("/file", ""), link("", "")},
-		codec.Lstat:   paths(lstat), codec.Statfs: paths(statfs), codec.Remove: paths(remove), codec.GetVersion: paths(getversion),
+		codec.Open: {
+			open("", 0), open("", unix.O_CREAT|unix.O_RDWR), open("", unix.O_TMPFILE|unix.O_RDWR),
+			open("", unix.O_PATH), open("", unix.O_DIRECTORY),
+		},
+		codec.Create: {
+			create("", unix.O_CREAT, 0o644, 0, 0), create("", unix.O_CREAT|unix.O_RDWR, 0o644, 1000, 1000),
+			create("", 0, 0, 0, 1000),
+		},
+		codec.Mknod:        paths(func(p string) step { return mknod(p, unix.S_IFREG, 0, 1000, 1000) }),
+		codec.Mkdir:        paths(func(p string) step { return mkdir(p, 0o755, 1000, 1000) }),
+		codec.Symlink:      {symlink("", "/new", 1000, 1000), symlink("x", "", 1000, 1000), symlink("", "", 0, 0)},
+		codec.Link:         {link("", "/new"), link("/file", ""), link("", "")},
+		codec.Lstat:        paths(lstat),
+		codec.Statfs:       paths(statfs),
+		codec.Remove:       paths(remove),
+		codec.GetVersion:   paths(getversion),
 		codec.Readlink:     {readlink("", 100), readlink("", 2)},
 		codec.Chmod:        paths(func(p string) step { return chmod(p, 0o777) }),
 		codec.Chown:        paths(func(p string) step { return chown(p, 5, 5) }),
@@ -442,7 +471,9 @@ func TestCVE2016_8578(t *testing.T) {
 		// And a frame with no field at all.
 		want(t, c, unix.ENOBUFS, raw(typ))
 	}
-	want(t, c, unix.ERANGE, lgetxattr("/file", "", 100), lgetxattr("/file", "", 0), lsetxattr("/file", "", "v", 1, 0), lremovexattr("/file", ""))
+	want(t, c, unix.ERANGE,
+		lgetxattr("/file", "", 100), lgetxattr("/file", "", 0), lsetxattr("/file", "", "v", 1, 0),
+		lremovexattr("/file", ""))
 	want(t, c, unix.EINVAL, lsetxattr("/file", "user.new", "", 1, 0))
 	if d := difference(look(t, dir, time.Unix(1<<40, 0)), before); d != "" {
 		t.Errorf("changed:\n%s", d)

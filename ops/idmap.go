@@ -66,7 +66,8 @@ func (m *IDMap) Set(s string) error {
 	name, rest, _ := strings.Cut(s, ":")
 	kind, ok := idKinds[name]
 	if !ok {
-		return fmt.Errorf("%q is not one of map, guest, host, squash-guest, squash-host, forbid-guest", name)
+		return fmt.Errorf("%q is not one of "+
+			"map, guest, host, squash-guest, squash-host, forbid-guest", name)
 	}
 	fields := []string{kind.from, kind.to, "COUNT"}
 	if kind.how == forbid {
@@ -93,7 +94,8 @@ func (m *IDMap) Set(s string) error {
 	}
 	// -1 is no id.
 	if count > noID-from || to == noID || kind.how == shift && count > noID-to {
-		return fmt.Errorf("%d ids from %d on go beyond 4294967294, the last there is", count, max(from, to))
+		return fmt.Errorf("%d ids from %d on go beyond 4294967294, the last there is",
+			count, max(from, to))
 	}
 	r := idRange{from, from + count - 1, to, kind.how}
 	toHost, toGuest := m.toHost, m.toGuest
@@ -117,7 +119,8 @@ func (m *IDMap) Set(s string) error {
 func addRange(ranges []idRange, r idRange) ([]idRange, error) {
 	for _, other := range ranges {
 		if r.first <= other.last && other.first <= r.last {
-			return nil, fmt.Errorf("ids %d to %d have been given before", max(r.first, other.first), min(r.last, other.last))
+			return nil, fmt.Errorf("ids %d to %d have been given before",
+				max(r.first, other.first), min(r.last, other.last))
 		}
 	}
 	ranges = append(slices.Clone(ranges), r)

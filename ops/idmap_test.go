@@ -15,17 +15,27 @@ func TestIDMap(t *testing.T) {
 		{"map:0:100000:65536",
 			map[uint32]uint32{0: 100000, 1: 100001, 65535: 165535, 65536: 65536, 100000: 100000, noID: noID},
 			map[uint32]uint32{100000: 0, 165535: 65535, 165536: 165536, 0: 0, 99999: 99999, noID: noID}},
-		{"guest:1000:5:2", map[uint32]uint32{999: 999, 1000: 5, 1001: 6, 1002: 1002}, map[uint32]uint32{5: 5, 6: 6, 1000: 1000}},
+		{"guest:1000:5:2",
+			map[uint32]uint32{999: 999, 1000: 5, 1001: 6, 1002: 1002},
+			map[uint32]uint32{5: 5, 6: 6, 1000: 1000}},
 		{"host:5:1000:2", map[uint32]uint32{1000: 1000, 5: 5}, map[uint32]uint32{4: 4, 5: 1000, 6: 1001, 7: 7}},
-		{"squash-guest:0:107:4294967295", map[uint32]uint32{0: 107, 107: 107, noID - 1: 107, noID: noID}, map[uint32]uint32{107: 107, 0: 0}},
+		{"squash-guest:0:107:4294967295",
+			map[uint32]uint32{0: 107, 107: 107, noID - 1: 107, noID: noID},
+			map[uint32]uint32{107: 107, 0: 0}},
 		{"squash-host:10:65534:5", map[uint32]uint32{10: 10}, map[uint32]uint32{9: 9, 10: 65534, 14: 65534, 15: 15}},
-		{"forbid-guest:1:999", map[uint32]uint32{0: 0, 1: forbidden, 999: forbidden, 1000: 1000}, map[uint32]uint32{1: 1}},
+		{"forbid-guest:1:999",
+			map[uint32]uint32{0: 0, 1: forbidden, 999: forbidden, 1000: 1000},
+			map[uint32]uint32{1: 1}},
 		// A guest whose user 1000 is the host's 2000, and has nothing else.
-		{"map:1000:2000:1 forbid-guest:1001:4294966294 forbid-guest:0:1000 squash-host:0:65534:2000 squash-host:2001:65534:4294965294",
-			map[uint32]uint32{0: forbidden, 999: forbidden, 1000: 2000, 1001: forbidden, 2000: forbidden, noID - 1: forbidden, noID: noID},
+		{"map:1000:2000:1 forbid-guest:1001:4294966294 forbid-guest:0:1000 " +
+			"squash-host:0:65534:2000 squash-host:2001:65534:4294965294",
+			map[uint32]uint32{0: forbidden, 999: forbidden, 1000: 2000, 1001: forbidden, 2000: forbidden,
+				noID - 1: forbidden, noID: noID},
 			map[uint32]uint32{0: 65534, 1000: 65534, 2000: 1000, 2001: 65534, noID - 1: 65534}},
 		// Each way for itself, next to each other.
-		{"guest:0:10:5 guest:5:0:5 host:7:7:1 host:0:1:7", map[uint32]uint32{0: 10, 4: 14, 5: 0, 9: 4, 10: 10}, map[uint32]uint32{0: 1, 6: 7, 7: 7, 8: 8}},
+		{"guest:0:10:5 guest:5:0:5 host:7:7:1 host:0:1:7",
+			map[uint32]uint32{0: 10, 4: 14, 5: 0, 9: 4, 10: 10},
+			map[uint32]uint32{0: 1, 6: 7, 7: 7, 8: 8}},
 	} {
 		var m IDMap
 		for s := range strings.FieldsSeq(c.given) {
@@ -37,7 +47,8 @@ func TestIDMap(t *testing.T) {
 			t.Errorf("%q became %q", c.given, got)
 		}
 		for id, want := range c.toHost {
-			if got, ok := m.host(id); ok != (want != forbidden || id == forbidden && c.given == "") || ok && got != want {
+			allowed := want != forbidden || id == forbidden && c.given == ""
+			if got, ok := m.host(id); ok != allowed || ok && got != want {
 				t.Errorf("%s: guest's %d is the host's %d, %v; want %d", c.given, id, got, ok, want)
 			}
 		}

@@ -165,7 +165,8 @@ func (s *inodeSet) add(i inode) {
 }
 
 func (fs *FS) versionByIoctl(c *Call, path codec.CString) (uint32, unix.Errno) {
-	if errno := fs.openExisting(c, path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); errno != 0 {
+	const flags = unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC
+	if errno := fs.openExisting(c, path, flags, 0); errno != 0 {
 		return 0, errno
 	}
 	errno := getversion(c.FD, &c.version)
@@ -220,7 +221,8 @@ func (fs *FS) probeVersions() error {
 	if errno != 0 {
 		return nil // each request is told the same
 	}
-	fs.handles = c.versionByHandle(resolved{unix.AT_FDCWD, root.Pointer()}) && c.inode.generation == want
+	at := resolved{unix.AT_FDCWD, root.Pointer()}
+	fs.handles = c.versionByHandle(at) && c.inode.generation == want
 	fs.mount = c.mount
 	return nil
 }

@@ -10,19 +10,25 @@ func (fs *FS) mknod(c *Call) unix.Errno {
 	if q.Rdev>>32 != 0 {
 		return unix.EINVAL // the kernel's dev_t has 32 bits
 	}
-	return c.createAt(func(at resolved) unix.Errno { return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev)) })
+	return c.createAt(func(at resolved) unix.Errno {
+		return mknodat(at.dir, at.name, q.Mode, uint32(q.Rdev))
+	})
 }
 
 // mkdir serves MKDIR: d uid, d gid, s path, d mode; mkdir(path, mode) as
 // uid:gid.
 func (fs *FS) mkdir(c *Call) unix.Errno {
-	return c.createAt(func(at resolved) unix.Errno { return mkdirat(at.dir, at.name, c.req.Mode) })
+	return c.createAt(func(at resolved) unix.Errno {
+		return mkdirat(at.dir, at.name, c.req.Mode)
+	})
 }
 
 // symlink serves SYMLINK: d uid, d gid, s target, s path; symlink(target,
 // path) as uid:gid.
 func (fs *FS) symlink(c *Call) unix.Errno {
-	return c.createAt(func(at resolved) unix.Errno { return symlinkat(c.req.Other.Pointer(), at.dir, at.name) })
+	return c.createAt(func(at resolved) unix.Errno {
+		return symlinkat(c.req.Target.Pointer(), at.dir, at.name)
+	})
 }
 
 // createAt runs a system call that makes the name c.req.Path as its owner to be.
@@ -39,26 +45,30 @@ func (c *Call) createAt(do func(resolved) unix.Errno) unix.Errno {
 
 // link serves LINK: s old, s new; link(old, new), which does not follow old.
 func (fs *FS) link(c *Call) unix.Errno {
-	return c.resolveTwo(func(old, new resolved) unix.Errno { return linkat(old.dir, old.name, new.dir, new.name) })
+	return c.resolveTwo(func(from, to resolved) unix.Errno {
+		return linkat(from.dir, from.name, to.dir, to.name)
+	})
 }
 
 // rename serves RENAME: s old, s new; rename(old, new).
 func (fs *FS) rename(c *Call) unix.Errno {
-	return c.resolveTwo(func(old, new resolved) unix.Errno { return renameat(old.dir, old.name, new.dir, new.name) })
+	return c.resolveTwo(func(from, to resolved) unix.Errno {
+		return renameat(from.dir, from.name, to.dir, to.name)
+	})
 }
 
-func (c *Call) resolveTwo(do func(old, new resolved) unix.Errno) unix.Errno {
-	old, errno := resolve(c.req.Path)
+func (c *Call) resolveTwo(do func(from, to resolved) unix.Errno) unix.Errno {
+	from, errno := resolve(c.req.Path)
 	if errno != 0 {
 		return errno
 	}
-	defer old.close()
-	new, errno := resolve(c.req.Other)
+	defer from.close()
+	to, errno := resolve(c.req.NewPath)
 	if errno != 0 {
 		return errno
 	}
-	defer new.close()
-	return do(old, new)
+	defer to.close()
+	return do(from, to)
 }
 
 // remove serves REMOVE: s path; remove(path), which is unlink, or rmdir of a

@@ -25,7 +25,9 @@ func (fs *FS) open(c *Call) unix.Errno {
 // flags, mode) as uid:gid. Without O_CREAT in the flags it is an OPEN as
 // uid:gid.
 func (fs *FS) create(c *Call) unix.Errno {
-	return c.withCredentials(c.req.UID, c.req.GID, func() unix.Errno { return fs.openAny(c, c.req.Mode) })
+	return c.withCredentials(c.req.UID, c.req.GID, func() unix.Errno {
+		return fs.openAny(c, c.req.Mode)
+	})
 }
 
 // openAny sets c.FD. A file is created only where there is none (O_EXCL), and

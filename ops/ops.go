@@ -25,11 +25,12 @@
 // # Threads
 //
 // A call stays on one goroutine; only while its thread differs from the others
-// (in withCredentials and in byName) is it locked to that. An FS is used by any number of
-// calls at once, a Call by one.
+// (in withCredentials and in byName) is it locked to that. An FS is used by any
+// number of calls at once, a Call by one.
 package ops
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -128,8 +129,12 @@ type Call struct {
 	// to it, must not call Do again, and has to end.
 	Tainted bool
 
+	// Connection is the number in the log of what the request came on.
+	Connection uint64
+
 	req      codec.Request
-	switched bool   // the thread is not as others: between become and revert, or in byName
+	decoded  bool   // req is this request's; kept for the log alone
+	switched bool   // the thread is not as others: between assume and restore, or in byName
 	uid      uint32 // that files are made as
 	stat     unix.Stat_t
 	statbuf  unix.Statfs_t
@@ -165,7 +170,8 @@ func (fs *FS) Do(t codec.Type, payload []byte, c *Call) {
 func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	defer func() {
 		if p := recover(); p != nil {
-			fs.log.Error("panic in a request", "request", t.String(), "panic", p, "stack", string(debug.Stack()))
+			fs.log.Error("panic in a request", "connection", c.Connection,
+				"request", t.String(), "panic", p, "stack", string(debug.Stack()))
 			c.Tainted = c.Tainted || c.switched
 			if c.FD >= 0 {
 				closefd(c.FD)
@@ -176,9 +182,10 @@ func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 	}()
 	if t == codec.GetVersion && !fs.versions {
 		c.Out = codec.AppendVersion(c.Out, 0) // as the C helper: without a look at the payload
+		c.decoded = fs.trace && c.req.Decode(t, payload)
 		return 0
 	}
-	if !c.req.Decode(t, payload) {
+	if c.decoded = c.req.Decode(t, payload); !c.decoded {
 		return unix.ENOBUFS
 	}
 	if fs.translates {
@@ -194,7 +201,8 @@ func (fs *FS) do(t codec.Type, payload []byte, c *Call) (errno unix.Errno) {
 // overwritten.
 func Repeatable(t codec.Type, payload []byte) bool {
 	switch t {
-	case codec.Lstat, codec.Readlink, codec.Statfs, codec.Lgetxattr, codec.Llistxattr, codec.GetVersion:
+	case codec.Lstat, codec.Readlink, codec.Statfs, codec.GetVersion,
+		codec.Lgetxattr, codec.Llistxattr:
 		return true
 	case codec.Open:
 		var q codec.Request
@@ -203,13 +211,26 @@ func Repeatable(t codec.Type, payload []byte) bool {
 	return false
 }
 
+// traceCall logs a request: its fields only if it had them all.
 func (fs *FS) traceCall(t codec.Type, c *Call, errno unix.Errno) {
-	attrs := []any{"path", string(c.req.Path)}
-	if t == codec.Symlink || t == codec.Link || t == codec.Rename {
-		attrs = append(attrs, "other", string(c.req.Other))
-	}
+	attrs := []any{"connection", c.Connection}
 	if errno != 0 {
 		attrs = append(attrs, "errno", unix.ErrnoName(errno))
+	}
+	text := func(key string, s codec.CString) {
+		before, _, _ := bytes.Cut(s, []byte{0}) // the call may have cut off slashes
+		attrs = append(attrs, key, string(before))
+	}
+	if c.decoded {
+		text("path", c.req.Path)
+		switch t {
+		case codec.Link, codec.Rename:
+			text("newpath", c.req.NewPath)
+		case codec.Symlink:
+			text("target", c.req.Target)
+		case codec.Lgetxattr, codec.Lsetxattr, codec.Lremovexattr:
+			text("name", c.req.Name)
+		}
 	}
 	fs.log.Debug(t.String(), attrs...)
 }

@@ -28,7 +28,10 @@ const strictest = 2
 // ReadSysctls reads what is set now; before the process is sandboxed, as it
 // sees /proc/sys no more then.
 func ReadSysctls() (s Sysctls, err error) {
-	for name, value := range map[string]*int{"protected_regular": &s.ProtectedRegular, "protected_fifos": &s.ProtectedFIFOs} {
+	for name, value := range map[string]*int{
+		"protected_regular": &s.ProtectedRegular,
+		"protected_fifos":   &s.ProtectedFIFOs,
+	} {
 		b, err := os.ReadFile("/proc/sys/fs/" + name)
 		if errors.Is(err, os.ErrNotExist) {
 			*value = strictest

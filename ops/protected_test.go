@@ -1,6 +1,7 @@
 package ops_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -36,21 +37,29 @@ func TestProtectedRegular(t *testing.T) {
 		} {
 			dir := filepath.Join(l.root, fmt.Sprint(i))
 			file := filepath.Join(dir, "file")
-			for _, err := range []error{os.Mkdir(dir, 0o755), os.WriteFile(file, nil, 0o666), os.Chown(file, c.file, 7), os.Chown(dir, 5, 7), unix.Chmod(dir, c.mode), os.Symlink(filepath.Base(dir)+"/file", dir+"link"), os.Link(file, dir+"hard")} {
-				if err != nil {
-					t.Fatal(err)
-				}
+			if err := errors.Join(
+				os.Mkdir(dir, 0o755), os.WriteFile(file, nil, 0o666),
+				os.Chown(file, c.file, 7), os.Chown(dir, 5, 7), unix.Chmod(dir, c.mode),
+				os.Symlink(filepath.Base(dir)+"/file", dir+"link"), os.Link(file, dir+"hard"),
+			); err != nil {
+				t.Fatal(err)
 			}
 			var errno unix.Errno
 			if level >= c.from {
 				errno = unix.EACCES
 			}
 			deep := dir + strings.Repeat("/.", 3000) + "/file"
-			for path, errno := range map[string]unix.Errno{file: errno, deep: errno, dir + "link": errno, dir + "hard": 0} {
-				for _, s := range []step{create(path, unix.O_CREAT|unix.O_RDWR, 0o600, c.as, 7), create(path, unix.O_CREAT, 0o600, c.as, 0)} {
+			for path, errno := range map[string]unix.Errno{
+				file: errno, deep: errno, dir + "link": errno, dir + "hard": 0,
+			} {
+				for _, s := range []step{
+					create(path, unix.O_CREAT|unix.O_RDWR, 0o600, c.as, 7),
+					create(path, unix.O_CREAT, 0o600, c.as, 0),
+				} {
 					onThreadOfItsOwn(func() {
 						if got := l.do(s.t, s.frame(true)[codec.HeaderSize:]); got != errno {
-							t.Errorf("level %d, directory %o, file of %d, %v: %v, want %v", level, c.mode, c.file, s, got, errno)
+							t.Errorf("level %d, directory %o, file of %d, %v: %v, want %v",
+								level, c.mode, c.file, s, got, errno)
 						}
 						s.q.Flags &^= unix.O_CREAT
 						if got := l.do(s.t, s.frame(true)[codec.HeaderSize:]); got != 0 {

@@ -34,7 +34,8 @@ func (g *generator) path() string {
 	var b strings.Builder
 	for range 1 + g.IntN(3) {
 		b.WriteString(pick(g, "/", "/", "/", "//", "/./"))
-		b.WriteString(pick(g, "a", "b", "c", "a", "b", "c", "file", "dir", "link", "..", "fifo", "null", "dangling", "loop", "abslink", "sgid", "sticky"))
+		b.WriteString(pick(g, "a", "b", "c", "a", "b", "c", "file", "dir", "link", "..",
+			"fifo", "null", "dangling", "loop", "abslink", "sgid", "sticky"))
 	}
 	return b.String() + pick(g, "", "", "", "", "", "/")
 }
@@ -42,7 +43,8 @@ func (g *generator) path() string {
 // any path, also those that make no sense.
 func (g *generator) anyPath() string {
 	if g.IntN(20) == 0 {
-		return pick(g, "", "/", ".", "a", "//", "/out/x", "/"+strings.Repeat("n", 256), strings.Repeat("/a", 2047), "\xff", "/..")
+		return pick(g, "", "/", ".", "a", "//", "/out/x",
+			"/"+strings.Repeat("n", 256), strings.Repeat("/a", 2047), "\xff", "/..")
 	}
 	return g.path()
 }
@@ -54,7 +56,9 @@ func (g *generator) mode() uint32 {
 func (g *generator) flags() int32 {
 	f := pick(g, unix.O_RDONLY, unix.O_WRONLY, unix.O_RDWR, 3)
 	for range g.IntN(4) {
-		f |= pick(g, unix.O_CREAT, unix.O_CREAT, unix.O_CREAT, unix.O_EXCL, unix.O_TRUNC, unix.O_APPEND, unix.O_NONBLOCK, unix.O_DIRECTORY, unix.O_NOFOLLOW, unix.O_NOATIME, unix.O_SYNC, unix.O_PATH, unix.O_TMPFILE, unix.O_CLOEXEC, unix.O_NOCTTY)
+		f |= pick(g, unix.O_CREAT, unix.O_CREAT, unix.O_CREAT, unix.O_EXCL, unix.O_TRUNC,
+			unix.O_APPEND, unix.O_NONBLOCK, unix.O_DIRECTORY, unix.O_NOFOLLOW, unix.O_NOATIME,
+			unix.O_SYNC, unix.O_PATH, unix.O_TMPFILE, unix.O_CLOEXEC, unix.O_NOCTTY)
 	}
 	if g.IntN(50) == 0 {
 		f = int(g.Uint32())
@@ -66,16 +70,20 @@ func (g *generator) flags() int32 {
 }
 
 func (g *generator) time() codec.Time {
-	return codec.Time{Sec: pick[int64](g, 0, 1, 1_000_000_000, -5, g.Int64N(1<<33)), Nsec: pick[int64](g, 0, 1, 999_999_999, unix.UTIME_NOW, unix.UTIME_OMIT, 1_000_000_000, -1)}
+	return codec.Time{
+		Sec:  pick[int64](g, 0, 1, 1_000_000_000, -5, g.Int64N(1<<33)),
+		Nsec: pick[int64](g, 0, 1, 999_999_999, unix.UTIME_NOW, unix.UTIME_OMIT, 1_000_000_000, -1),
+	}
 }
 
 // next is a request that the C helper survives.
 func (g *generator) next() step {
 	for {
 		s := step{t: codec.Open + codec.Type(g.IntN(int(codec.NumTypes-codec.Open))), q: codec.Request{
-			Path:  cs(g.anyPath()),
-			Other: cs(g.anyPath()),
-			Name:  cs(pick(g, "user.a", "user.a", "user.b", "user.", "", "security.test", "trusted.a", "system.posix_acl_access", "system.posix_acl_default", "none")),
+			Path:    cs(g.anyPath()),
+			NewPath: cs(g.anyPath()),
+			Name: cs(pick(g, "user.a", "user.a", "user.b", "user.", "", "security.test", "trusted.a",
+				"system.posix_acl_access", "system.posix_acl_default", "none")),
 			Value: []byte(pick(g, "", "v", "value\x00", acl, acl, strings.Repeat("v", 1+g.IntN(2000)))),
 			Mode:  g.mode(),
 			Flags: g.flags(),
@@ -85,6 +93,8 @@ func (g *generator) next() step {
 			Mtime: g.time(),
 		}}
 		switch s.t {
+		case codec.Symlink:
+			s.q.Target = s.q.NewPath
 		case codec.Mknod:
 			s.q.Mode |= pick[uint32](g, unix.S_IFREG, unix.S_IFIFO, unix.S_IFSOCK, unix.S_IFCHR, unix.S_IFDIR, 0)
 		case codec.Lsetxattr:
@@ -95,7 +105,9 @@ func (g *generator) next() step {
 		case codec.Open, codec.Create, codec.GetVersion:
 			// It opens before it looks: a FIFO without O_NONBLOCK, or
 			// with access mode 3, which only the kernel refuses.
-			if typ := g.typeOf(string(s.q.Path)); typ == unix.S_IFIFO || s.t == codec.GetVersion && (typ == unix.S_IFCHR || typ == unix.S_IFBLK) {
+			typ := g.typeOf(string(s.q.Path))
+			device := typ == unix.S_IFCHR || typ == unix.S_IFBLK
+			if typ == unix.S_IFIFO || s.t == codec.GetVersion && device {
 				if s.t == codec.GetVersion {
 					continue
 				}
@@ -126,7 +138,10 @@ func (g *generator) typeOf(path string) uint32 {
 		panic(err)
 	}
 	defer unix.Close(root)
-	fd, err := unix.Openat2(root, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+	fd, err := unix.Openat2(root, path, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT,
+	})
 	if err != nil {
 		return 0
 	}
@@ -191,10 +206,12 @@ func TestMountsBelow(t *testing.T) {
 		}
 		now := coarseNow()
 		for _, s := range []step{
-			create("/empty/f", unix.O_CREAT|unix.O_RDWR, 0o640, 1000, 1000), create("/sgid/f", unix.O_CREAT|unix.O_RDWR, 0o640, 1000, 1000),
-			getversion("/empty"), getversion("/empty/f"), getversion("/sgid"), getversion("/sgid/f"), getversion("/file"),
-			rename("/empty/f", "/f"), link("/empty/f", "/f"), rename("/file", "/sgid/g"), statfs("/empty/f"), statfs("/sgid"),
-			remove("/empty"), rename("/empty", "/e"), lstat("/empty/.."), open("/empty/f", unix.O_RDWR), open("/empty", unix.O_TMPFILE|unix.O_RDWR),
+			create("/empty/f", unix.O_CREAT|unix.O_RDWR, 0o640, 1000, 1000),
+			create("/sgid/f", unix.O_CREAT|unix.O_RDWR, 0o640, 1000, 1000), getversion("/empty"),
+			getversion("/empty/f"), getversion("/sgid"), getversion("/sgid/f"), getversion("/file"),
+			rename("/empty/f", "/f"), link("/empty/f", "/f"), rename("/file", "/sgid/g"),
+			statfs("/empty/f"), statfs("/sgid"), remove("/empty"), rename("/empty", "/e"), lstat("/empty/.."),
+			open("/empty/f", unix.O_RDWR), open("/empty", unix.O_TMPFILE|unix.O_RDWR),
 		} {
 			if err := w.compare(s, true, now); err != nil {
 				t.Error(err)

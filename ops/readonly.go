@@ -19,18 +19,18 @@ import (
 var readOnlyTable = func() [codec.NumTypes]func(*FS, *Call) unix.Errno {
 	t := table
 	for typ, before := range map[codec.Type]func(*FS, *Call) unix.Errno{
-		codec.Mknod:        func(fs *FS, c *Call) unix.Errno { return fs.probeNewName(c.req.Path) },
-		codec.Mkdir:        func(fs *FS, c *Call) unix.Errno { return fs.probeNewName(trimSlashes(c.req.Path)) },
+		codec.Mknod:        (*FS).mknodReadOnly,
+		codec.Mkdir:        (*FS).mkdirReadOnly,
 		codec.Symlink:      (*FS).symlinkReadOnly,
 		codec.Link:         (*FS).linkReadOnly,
-		codec.Chmod:        func(_ *FS, c *Call) unix.Errno { return c.probeInode(0) },
-		codec.Chown:        func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Chmod:        followReadOnly,
+		codec.Chown:        noFollowReadOnly,
 		codec.Truncate:     (*FS).truncateReadOnly,
 		codec.Utime:        (*FS).utimeReadOnly,
 		codec.Rename:       (*FS).renameReadOnly,
 		codec.Remove:       (*FS).removeReadOnly,
-		codec.Lsetxattr:    func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
-		codec.Lremovexattr: func(_ *FS, c *Call) unix.Errno { return c.probeInode(unix.AT_SYMLINK_NOFOLLOW) },
+		codec.Lsetxattr:    noFollowReadOnly,
+		codec.Lremovexattr: noFollowReadOnly,
 	} {
 		change := table[typ]
 		t[typ] = func(fs *FS, c *Call) unix.Errno { return fs.refuse(c, change, before) }
@@ -96,8 +96,20 @@ func ignoreEXDEV(errno unix.Errno) unix.Errno {
 	return errno
 }
 
+func followReadOnly(_ *FS, c *Call) unix.Errno { return c.probeInode(0) }
+
+func noFollowReadOnly(_ *FS, c *Call) unix.Errno {
+	return c.probeInode(unix.AT_SYMLINK_NOFOLLOW)
+}
+
+func (fs *FS) mknodReadOnly(c *Call) unix.Errno { return fs.probeNewName(c.req.Path) }
+
+func (fs *FS) mkdirReadOnly(c *Call) unix.Errno {
+	return fs.probeNewName(trimSlashes(c.req.Path))
+}
+
 func (fs *FS) symlinkReadOnly(c *Call) unix.Errno {
-	if len(c.req.Other.Text()) == 0 {
+	if len(c.req.Target.Text()) == 0 {
 		return unix.ENOENT
 	}
 	return fs.probeNewName(c.req.Path)
@@ -107,7 +119,7 @@ func (fs *FS) linkReadOnly(c *Call) unix.Errno {
 	if errno := c.probeInode(unix.AT_SYMLINK_NOFOLLOW); errno != 0 {
 		return errno
 	}
-	return fs.probeNewName(c.req.Other)
+	return fs.probeNewName(c.req.NewPath)
 }
 
 func (fs *FS) truncateReadOnly(c *Call) unix.Errno {
@@ -136,12 +148,12 @@ func (fs *FS) utimeReadOnly(c *Call) unix.Errno {
 }
 
 func (fs *FS) renameReadOnly(c *Call) unix.Errno {
-	for _, path := range []codec.CString{c.req.Path, c.req.Other} {
+	for _, path := range []codec.CString{c.req.Path, c.req.NewPath} {
 		if errno := fs.probeParent(path); errno != 0 {
 			return errno
 		}
 	}
-	for _, path := range []codec.CString{c.req.Path, c.req.Other} {
+	for _, path := range []codec.CString{c.req.Path, c.req.NewPath} {
 		if lastName(path) == nil {
 			return unix.EBUSY
 		}

@@ -56,7 +56,10 @@ func newReadOnlyWorld(t *testing.T, dir string) *world {
 // With --readonly each request is answered as on a read-only mount, where all
 // of what TestConformance asks is asked, and much at random. Nothing changes.
 func TestReadOnly(t *testing.T) {
-	for name, dir := range map[string]func(testing.TB) string{"disk": func(tb testing.TB) string { return tb.TempDir() }, "tmpfs": helpertest.Tmpfs} {
+	for name, dir := range map[string]func(testing.TB) string{
+		"disk":  func(tb testing.TB) string { return tb.TempDir() },
+		"tmpfs": helpertest.Tmpfs,
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := newReadOnlyWorld(t, dir(t))
@@ -92,7 +95,10 @@ func TestReadOnly(t *testing.T) {
 					continue
 				}
 				for _, flags := range []int{unix.O_RDONLY, unix.O_WRONLY, unix.O_RDWR, unix.O_TRUNC} {
-					for _, more := range []int{0, unix.O_CREAT, unix.O_CREAT | unix.O_EXCL, unix.O_DIRECTORY, unix.O_TMPFILE, unix.O_PATH | unix.O_CREAT, unix.O_NOFOLLOW, unix.O_NOFOLLOW | unix.O_CREAT, unix.O_APPEND} {
+					for _, more := range []int{
+						0, unix.O_CREAT, unix.O_CREAT | unix.O_EXCL, unix.O_DIRECTORY, unix.O_TMPFILE,
+						unix.O_PATH | unix.O_CREAT, unix.O_NOFOLLOW, unix.O_NOFOLLOW | unix.O_CREAT, unix.O_APPEND,
+					} {
 						compare(open(path, flags|more), false)
 						compare(create(path, flags|more, 0o644, 1000, 1000), true)
 					}
@@ -123,17 +129,26 @@ func TestReadOnlyRefuses(t *testing.T) {
 	_, c := helpertest.Pair(t, helpertest.Ours(t), dir, "--readonly")
 	before := look(t, dir, epoch.AddDate(1000, 0, 0))
 	want(t, c, unix.EROFS,
-		open("/file", unix.O_WRONLY), open("/file", unix.O_RDWR), open("/link", unix.O_RDWR|unix.O_CREAT), open("/file", unix.O_TRUNC), open("/new", unix.O_CREAT), open("/dangling", unix.O_CREAT), open("/dir", unix.O_TMPFILE|unix.O_RDWR),
-		create("/new", unix.O_CREAT|unix.O_RDWR, 0o644, 1000, 1000), create("/file", unix.O_RDWR, 0, 0, 0), create("/new", unix.O_CREAT, 0, 0, 1000),
-		mknod("/new", unix.S_IFREG, 0, 0, 0), mkdir("/new", 0o755, 1000, 1000), mkdir("/new/", 0o755, 0, 0), symlink("x", "/new", 0, 0), link("/file", "/new"),
-		chmod("/file", 0o600), chown("/file", 1, 1), chown("/file", none, none), truncate("/file", 0), utime("/file", 1, 1, 1, 1), rename("/file", "/new"), rename("/missing", "/new"),
-		remove("/file"), remove("/empty"), lsetxattr("/file", "user.new", "x", 1, 0), lremovexattr("/file", "user.a"))
+		open("/file", unix.O_WRONLY), open("/file", unix.O_RDWR), open("/link", unix.O_RDWR|unix.O_CREAT),
+		open("/file", unix.O_TRUNC), open("/new", unix.O_CREAT), open("/dangling", unix.O_CREAT),
+		open("/dir", unix.O_TMPFILE|unix.O_RDWR), create("/new", unix.O_CREAT|unix.O_RDWR, 0o644, 1000, 1000),
+		create("/file", unix.O_RDWR, 0, 0, 0), create("/new", unix.O_CREAT, 0, 0, 1000),
+		mknod("/new", unix.S_IFREG, 0, 0, 0), mkdir("/new", 0o755, 1000, 1000), mkdir("/new/", 0o755, 0, 0),
+		symlink("x", "/new", 0, 0), link("/file", "/new"), chmod("/file", 0o600),
+		chown("/file", 1, 1), chown("/file", none, none), truncate("/file", 0), utime("/file", 1, 1, 1, 1),
+		rename("/file", "/new"), rename("/missing", "/new"), remove("/file"), remove("/empty"),
+		lsetxattr("/file", "user.new", "x", 1, 0), lremovexattr("/file", "user.a"))
 	want(t, c, unix.ENOENT, creates(deepPath(5000), 1000, 1000)...)
 	want(t, c, unix.EROFS, creates(strings.Repeat("/.", 5000)+"/new", 1000, 1000)...)
 	want(t, c, unix.ENAMETOOLONG, creates("/"+strings.Repeat("n", 5000), 0, 0)...)
 	// What changes nothing works, and what is wrong anyway is told.
-	want(t, c, 0, open("/file", 0), open("/file", unix.O_CREAT), create("/file", unix.O_CREAT, 0, 1000, 1000), open("/dir", unix.O_DIRECTORY), open("/file", unix.O_PATH|unix.O_RDWR), lstat("/file"), readlink("/link", 100), statfs("/"), lgetxattr("/file", "user.a", 10), llistxattr("/file", 100), getversion("/file"))
-	want(t, c, unix.EEXIST, mkdir("/dir", 0, 0, 0), symlink("x", "/file", 0, 0), mknod("/null", unix.S_IFREG, 0, 1, 1), link("/file", "/hard"), open("/file", unix.O_CREAT|unix.O_EXCL))
+	want(t, c, 0,
+		open("/file", 0), open("/file", unix.O_CREAT), create("/file", unix.O_CREAT, 0, 1000, 1000),
+		open("/dir", unix.O_DIRECTORY), open("/file", unix.O_PATH|unix.O_RDWR), lstat("/file"), readlink("/link", 100),
+		statfs("/"), lgetxattr("/file", "user.a", 10), llistxattr("/file", 100), getversion("/file"))
+	want(t, c, unix.EEXIST,
+		mkdir("/dir", 0, 0, 0), symlink("x", "/file", 0, 0), mknod("/null", unix.S_IFREG, 0, 1, 1),
+		link("/file", "/hard"), open("/file", unix.O_CREAT|unix.O_EXCL))
 	want(t, c, unix.ENXIO, open("/fifo", unix.O_RDWR), create("/null", unix.O_CREAT|unix.O_RDWR, 0, 0, 0))
 	if d := difference(look(t, dir, epoch.AddDate(1000, 0, 0)), before); d != "" {
 		t.Errorf("changed:\n%s", d)

@@ -53,9 +53,13 @@ func want(t *testing.T, c *helpertest.Client, errno unix.Errno, steps ...step) {
 func TestGetVersion(t *testing.T) {
 	t.Parallel()
 	dir, c, _ := newOurs(t)
-	for path, at := range map[string]string{"/": "", "/file": "file", "/dir": "dir", "/link": "file", "/dirlink/file": "dir/file", "/abslink": "dir/file", "/secret": "secret"} {
+	for path, at := range map[string]string{
+		"/": "", "/file": "file", "/dir": "dir", "/link": "file",
+		"/dirlink/file": "dir/file", "/abslink": "dir/file", "/secret": "secret",
+	} {
 		a := ask(t, c, getversion(path))
-		if want := generation(filepath.Join(dir, at)); a.Errno != 0 || len(a.Payload) != 8 || u64(a.Payload) != uint64(want) {
+		want := generation(filepath.Join(dir, at))
+		if a.Errno != 0 || len(a.Payload) != 8 || u64(a.Payload) != uint64(want) {
 			t.Errorf("%s: %x, %v, want %#x in 8 bytes", path, a.Payload, a.Errno, want)
 		}
 	}
@@ -147,7 +151,8 @@ func TestCreateAsRootOfAnotherGroup(t *testing.T) {
 			for _, s := range creates(path, owner[0], owner[1]) {
 				want(t, c, 0, s)
 				var st unix.Stat_t
-				if err := unix.Lstat(filepath.Join(dir, string(s.q.Path)), &st); err != nil || st.Uid != owner[0] || st.Gid != owner[1] {
+				err := unix.Lstat(filepath.Join(dir, string(s.q.Path)), &st)
+				if err != nil || st.Uid != owner[0] || st.Gid != owner[1] {
 					t.Errorf("%v: owner %d:%d, %v", s, st.Uid, st.Gid, err)
 				}
 			}
@@ -159,7 +164,9 @@ func TestCreateAsRootOfAnotherGroup(t *testing.T) {
 				want(t, c, unix.EPERM, device)
 			}
 			// And nothing is lost.
-			want(t, c, 0, chown("/secret", uint32(n), 7), chmod("/secret", 0o4755), chown("/secret", 0, 0), mknod(path+"0", unix.S_IFCHR|0o600, 0x103, 0, 0))
+			want(t, c, 0,
+				chown("/secret", uint32(n), 7), chmod("/secret", 0o4755), chown("/secret", 0, 0),
+				mknod(path+"0", unix.S_IFCHR|0o600, 0x103, 0, 0))
 		}
 	}
 	for tid, st := range helpertest.Threads(t, p.Server()) {
@@ -188,7 +195,9 @@ func TestLongXattr(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, helpertest.Tmpfs(t))
 	for _, side := range []side{w.ours, w.theirs} {
-		for name, sizes := range map[string][]int{"values": {65533, 65534, 65535, 65536}, "names": nil, "manynames": nil} {
+		for name, sizes := range map[string][]int{
+			"values": {65533, 65534, 65535, 65536}, "names": nil, "manynames": nil,
+		} {
 			path := filepath.Join(side.dir, name)
 			if err := os.WriteFile(path, nil, 0o644); err != nil {
 				t.Fatal(err)
@@ -200,7 +209,8 @@ func TestLongXattr(t *testing.T) {
 		// Lists of 65534 and of 65536 bytes, from names of at most 255.
 		for name, sizes := range map[string][]int{"names": sizesOf(65534), "manynames": sizesOf(65536)} {
 			for i, n := range sizes {
-				setXattr(t, filepath.Join(side.dir, name), fmt.Sprintf("security.%04d%s", i, strings.Repeat("x", n-1-len("security.0000"))), "")
+				padding := strings.Repeat("x", n-1-len("security.0000"))
+				setXattr(t, filepath.Join(side.dir, name), fmt.Sprintf("security.%04d%s", i, padding), "")
 			}
 		}
 	}
@@ -332,74 +342,103 @@ func TestLongPaths(t *testing.T) {
 	}{
 		{func(p string) step { return open(p, unix.O_RDWR) }, nil},
 		{func(p string) step { return open(p, unix.O_RDWR|unix.O_CREAT) }, nil},
-		{func(p string) step { return open(p+"-", unix.O_RDWR|unix.O_CREAT) }, func(name string, _ helpertest.Answer) bool {
-			_, err := stat(at, name+"-")
-			return err == nil
-		}},
-		{func(p string) step { return create(p+"-", unix.O_CREAT|unix.O_RDWR, 0o640, 1000, 1001) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name+"-")
-			return err == nil && st.Uid == 1000 && st.Gid == 1001 && st.Mode == unix.S_IFREG|0o640
-		}},
-		{func(p string) step { return mknod(p+"-", unix.S_IFCHR|0o600, 0x103, 0, 0) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name+"-")
-			return err == nil && st.Rdev == 0x103
-		}},
-		{func(p string) step { return mkdir(p+"-", 0o700, 1000, 1001) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name+"-")
-			return err == nil && st.Uid == 1000 && st.Mode == unix.S_IFDIR|0o700
-		}},
-		{func(p string) step { return symlink("t", p+"-", 1000, 1001) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name+"-")
-			return err == nil && st.Uid == 1000 && st.Mode == unix.S_IFLNK|0o777
-		}},
-		{func(p string) step { return link("/file", p+"-") }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name+"-")
-			return err == nil && st.Size == int64(len("content\n"))
-		}},
-		{func(p string) step { return link(p, "/linked") }, func(string, helpertest.Answer) bool {
-			_, err := os.Lstat(dir + "/linked")
-			return err == nil
-		}},
+		{func(p string) step { return open(p+"-", unix.O_RDWR|unix.O_CREAT) },
+			func(name string, _ helpertest.Answer) bool {
+				_, err := stat(at, name+"-")
+				return err == nil
+			}},
+		{func(p string) step { return create(p+"-", unix.O_CREAT|unix.O_RDWR, 0o640, 1000, 1001) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name+"-")
+				return err == nil && st.Uid == 1000 && st.Gid == 1001 && st.Mode == unix.S_IFREG|0o640
+			}},
+		{func(p string) step { return mknod(p+"-", unix.S_IFCHR|0o600, 0x103, 0, 0) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name+"-")
+				return err == nil && st.Rdev == 0x103
+			}},
+		{func(p string) step { return mkdir(p+"-", 0o700, 1000, 1001) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name+"-")
+				return err == nil && st.Uid == 1000 && st.Mode == unix.S_IFDIR|0o700
+			}},
+		{func(p string) step { return symlink("t", p+"-", 1000, 1001) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name+"-")
+				return err == nil && st.Uid == 1000 && st.Mode == unix.S_IFLNK|0o777
+			}},
+		{func(p string) step { return link("/file", p+"-") },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name+"-")
+				return err == nil && st.Size == int64(len("content\n"))
+			}},
+		{func(p string) step { return link(p, "/linked") },
+			func(string, helpertest.Answer) bool {
+				_, err := os.Lstat(dir + "/linked")
+				return err == nil
+			}},
 		{lstat, func(_ string, a helpertest.Answer) bool { return u32(a.Payload[24:]) == unix.S_IFREG|0o644 }},
-		{func(p string) step { return readlink(p+"l", 100) }, func(_ string, a helpertest.Answer) bool { return string(a.Payload) == "\x06\x00target" }},
+		{func(p string) step { return readlink(p+"l", 100) },
+			func(_ string, a helpertest.Answer) bool {
+				return string(a.Payload) == "\x06\x00target"
+			}},
 		{statfs, func(_ string, a helpertest.Answer) bool { return len(a.Payload) == codec.StatfsSize }},
-		{func(p string) step { return chmod(p, 0o4711) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name)
-			return err == nil && st.Mode == unix.S_IFREG|0o4711
-		}},
-		{func(p string) step { return chown(p, 5, 6) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name)
-			return err == nil && st.Uid == 5 && st.Gid == 6
-		}},
-		{func(p string) step { return truncate(p, 12345) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name)
-			return err == nil && st.Size == 12345
-		}},
-		{func(p string) step { return utime(p, 1, 2, 3, 4) }, func(name string, _ helpertest.Answer) bool {
-			st, err := stat(at, name)
-			return err == nil && st.Atim.Nano() == 1e9+2 && st.Mtim.Nano() == 3e9+4
-		}},
-		{func(p string) step { return rename(p, "/renamed") }, func(name string, _ helpertest.Answer) bool {
-			_, err := stat(at, name)
-			_, err2 := os.Lstat(dir + "/renamed")
-			return err == unix.ENOENT && err2 == nil
-		}},
-		{func(p string) step { return rename("/suid", p+"-") }, func(name string, _ helpertest.Answer) bool {
-			_, err := stat(at, name+"-")
-			return err == nil
-		}},
+		{func(p string) step { return chmod(p, 0o4711) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name)
+				return err == nil && st.Mode == unix.S_IFREG|0o4711
+			}},
+		{func(p string) step { return chown(p, 5, 6) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name)
+				return err == nil && st.Uid == 5 && st.Gid == 6
+			}},
+		{func(p string) step { return truncate(p, 12345) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name)
+				return err == nil && st.Size == 12345
+			}},
+		{func(p string) step { return utime(p, 1, 2, 3, 4) },
+			func(name string, _ helpertest.Answer) bool {
+				st, err := stat(at, name)
+				return err == nil && st.Atim.Nano() == 1e9+2 && st.Mtim.Nano() == 3e9+4
+			}},
+		{func(p string) step { return rename(p, "/renamed") },
+			func(name string, _ helpertest.Answer) bool {
+				_, err := stat(at, name)
+				_, err2 := os.Lstat(dir + "/renamed")
+				return err == unix.ENOENT && err2 == nil
+			}},
+		{func(p string) step { return rename("/suid", p+"-") },
+			func(name string, _ helpertest.Answer) bool {
+				_, err := stat(at, name+"-")
+				return err == nil
+			}},
 		{remove, func(name string, _ helpertest.Answer) bool {
 			_, err := stat(at, name)
 			return err == unix.ENOENT
 		}},
-		{func(p string) step { return remove(p + "d") }, func(name string, _ helpertest.Answer) bool {
-			_, err := stat(at, name+"d")
-			return err == unix.ENOENT
-		}},
-		{func(p string) step { return lgetxattr(p, "user.a", 10) }, func(_ string, a helpertest.Answer) bool { return string(a.Payload) == "\x01\x00x" }},
-		{func(p string) step { return llistxattr(p, 100) }, func(_ string, a helpertest.Answer) bool { return string(a.Payload) == "\x07\x00user.a\x00" }},
-		{func(p string) step { return lsetxattr(p, "user.b", "new", 3, 0) }, func(name string, _ helpertest.Answer) bool { return xattr(at, name, "user.b") == "new" }},
-		{func(p string) step { return lremovexattr(p, "user.a") }, func(name string, _ helpertest.Answer) bool { return xattr(at, name, "user.a") == unix.ENODATA.Error() }},
+		{func(p string) step { return remove(p + "d") },
+			func(name string, _ helpertest.Answer) bool {
+				_, err := stat(at, name+"d")
+				return err == unix.ENOENT
+			}},
+		{func(p string) step { return lgetxattr(p, "user.a", 10) },
+			func(_ string, a helpertest.Answer) bool {
+				return string(a.Payload) == "\x01\x00x"
+			}},
+		{func(p string) step { return llistxattr(p, 100) },
+			func(_ string, a helpertest.Answer) bool {
+				return string(a.Payload) == "\x07\x00user.a\x00"
+			}},
+		{func(p string) step { return lsetxattr(p, "user.b", "new", 3, 0) },
+			func(name string, _ helpertest.Answer) bool {
+				return xattr(at, name, "user.b") == "new"
+			}},
+		{func(p string) step { return lremovexattr(p, "user.a") },
+			func(name string, _ helpertest.Answer) bool {
+				return xattr(at, name, "user.a") == unix.ENODATA.Error()
+			}},
 		{getversion, func(_ string, a helpertest.Answer) bool { return len(a.Payload) == 8 }},
 	} {
 		// The frame is as long as can be: the name fills it.
@@ -442,7 +481,8 @@ func TestLongPaths(t *testing.T) {
 
 	// Both names long.
 	want(t, c, 0,
-		create(middle+"/a", unix.O_CREAT, 0o644, 0, 0), rename(middle+"/a", middle+"/b"), link(middle+"/b", middle+"/c"),
+		create(middle+"/a", unix.O_CREAT, 0o644, 0, 0),
+		rename(middle+"/a", middle+"/b"), link(middle+"/b", middle+"/c"),
 		mkdir(middle+"/d", 0o755, 0, 0), rename(middle+"/c", middle+"/d/c"))
 	if st, err := stat(atMiddle, "d/c"); err != nil || st.Nlink != 2 {
 		t.Errorf("renamed and linked with long paths: %d links, %v", st.Nlink, err)
@@ -451,10 +491,17 @@ func TestLongPaths(t *testing.T) {
 	// Names and errors are as they are in short paths.
 	slashes, dots := strings.Repeat("/", 30000), strings.Repeat("/.", 15000)
 	up := strings.Repeat("/..", 10000)
-	want(t, c, 0, lstat(slashes+"file"), lstat(dots+"/file"), lstat(up+"/file"), lstat("/dir"+dots+"/file"), statfs(up+"/dir"), lstat(strings.Repeat("/dir/..", 9000)+"/file"), open(strings.Repeat("/dirlink/../dir/..", 30)+dots+"/link", 0), lstat("."+dots+"/file"))
-	want(t, c, unix.ENOENT, lstat("/missing"+dots+"/file"), lstat(dots+"/missing"), chmod(dots+"/out", 0o777), open(up+"/etc/passwd", 0), statfs(up+"/out"), getversion(dots+"/dangling"))
+	want(t, c, 0,
+		lstat(slashes+"file"), lstat(dots+"/file"), lstat(up+"/file"), lstat("/dir"+dots+"/file"), statfs(up+"/dir"),
+		lstat(strings.Repeat("/dir/..", 9000)+"/file"), open(strings.Repeat("/dirlink/../dir/..", 30)+dots+"/link", 0),
+		lstat("."+dots+"/file"))
+	want(t, c, unix.ENOENT,
+		lstat("/missing"+dots+"/file"), lstat(dots+"/missing"), chmod(dots+"/out", 0o777), open(up+"/etc/passwd", 0),
+		statfs(up+"/out"), getversion(dots+"/dangling"))
 	want(t, c, unix.ENOTDIR, lstat("/file"+dots+"/x"), truncate(up+"/file/x", 0))
-	want(t, c, unix.ENAMETOOLONG, lstat("/"+strings.Repeat("n", 60000)), lstat(dots+"/"+strings.Repeat("n", 256)), statfs("/"+strings.Repeat("n", 5000)), rename("/file", "/"+strings.Repeat("n", 5000)+"/x"))
+	want(t, c, unix.ENAMETOOLONG,
+		lstat("/"+strings.Repeat("n", 60000)), lstat(dots+"/"+strings.Repeat("n", 256)),
+		statfs("/"+strings.Repeat("n", 5000)), rename("/file", "/"+strings.Repeat("n", 5000)+"/x"))
 	want(t, c, unix.ENXIO, open(dots+"/fifo", 0), open(dots+"/null", unix.O_RDWR))
 	want(t, c, unix.ENOTEMPTY, remove(up))
 	want(t, c, unix.ELOOP, open(strings.Repeat("/dirlink/..", 5000)+"/file", 0), lstat("/loop"+dots+"/x"))

@@ -23,7 +23,9 @@ func call(trap, a, b, c, d, e uintptr) (int, unix.Errno) {
 }
 
 func openat(dir int, name *byte, flags int, mode uint32) (int, unix.Errno) {
-	fd, errno := call(unix.SYS_OPENAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(flags|unix.O_LARGEFILE), uintptr(mode), 0)
+	fd, errno := call(unix.SYS_OPENAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(flags|unix.O_LARGEFILE), uintptr(mode), 0)
 	if errno != 0 {
 		return -1, errno
 	}
@@ -40,61 +42,85 @@ func fstat(fd int, st *unix.Stat_t) unix.Errno {
 }
 
 func fstatat(dir int, name *byte, st *unix.Stat_t, flags int) unix.Errno {
-	_, errno := call(unix.SYS_NEWFSTATAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(st)), uintptr(flags), 0)
+	_, errno := call(unix.SYS_NEWFSTATAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(unsafe.Pointer(st)), uintptr(flags), 0)
 	return errno
 }
 
 func readlinkat(dir int, name *byte, room []byte) (int, unix.Errno) {
-	return call(unix.SYS_READLINKAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)), 0)
+	return call(unix.SYS_READLINKAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)), 0)
 }
 
 func mknodat(dir int, name *byte, mode, rdev uint32) unix.Errno {
-	_, errno := call(unix.SYS_MKNODAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(mode), uintptr(rdev), 0)
+	_, errno := call(unix.SYS_MKNODAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(mode), uintptr(rdev), 0)
 	return errno
 }
 
 func mkdirat(dir int, name *byte, mode uint32) unix.Errno {
-	_, errno := call(unix.SYS_MKDIRAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(mode), 0, 0)
+	_, errno := call(unix.SYS_MKDIRAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(mode), 0, 0)
 	return errno
 }
 
 func symlinkat(target *byte, dir int, name *byte) unix.Errno {
-	_, errno := call(unix.SYS_SYMLINKAT, uintptr(unsafe.Pointer(target)), uintptr(dir), uintptr(unsafe.Pointer(name)), 0, 0)
+	_, errno := call(unix.SYS_SYMLINKAT,
+		uintptr(unsafe.Pointer(target)),
+		uintptr(dir), uintptr(unsafe.Pointer(name)), 0, 0)
 	return errno
 }
 
-func linkat(olddir int, old *byte, newdir int, new *byte) unix.Errno {
-	_, errno := call(unix.SYS_LINKAT, uintptr(olddir), uintptr(unsafe.Pointer(old)), uintptr(newdir), uintptr(unsafe.Pointer(new)), 0)
+func linkat(olddir int, oldname *byte, newdir int, newname *byte) unix.Errno {
+	_, errno := call(unix.SYS_LINKAT,
+		uintptr(olddir), uintptr(unsafe.Pointer(oldname)),
+		uintptr(newdir), uintptr(unsafe.Pointer(newname)), 0)
 	return errno
 }
 
-func renameat(olddir int, old *byte, newdir int, new *byte) unix.Errno {
-	_, errno := call(unix.SYS_RENAMEAT2, uintptr(olddir), uintptr(unsafe.Pointer(old)), uintptr(newdir), uintptr(unsafe.Pointer(new)), 0)
+func renameat(olddir int, oldname *byte, newdir int, newname *byte) unix.Errno {
+	_, errno := call(unix.SYS_RENAMEAT2,
+		uintptr(olddir), uintptr(unsafe.Pointer(oldname)),
+		uintptr(newdir), uintptr(unsafe.Pointer(newname)), 0)
 	return errno
 }
 
 func unlinkat(dir int, name *byte, flags int) unix.Errno {
-	_, errno := call(unix.SYS_UNLINKAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(flags), 0, 0)
+	_, errno := call(unix.SYS_UNLINKAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(flags), 0, 0)
 	return errno
 }
 
 func fchmodat(dir int, name *byte, mode uint32) unix.Errno {
-	_, errno := call(unix.SYS_FCHMODAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(mode), 0, 0)
+	_, errno := call(unix.SYS_FCHMODAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(mode), 0, 0)
 	return errno
 }
 
 func fchownat(dir int, name *byte, uid, gid uint32, flags int) unix.Errno {
-	_, errno := call(unix.SYS_FCHOWNAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(uid), uintptr(gid), uintptr(flags))
+	_, errno := call(unix.SYS_FCHOWNAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(uid), uintptr(gid), uintptr(flags))
 	return errno
 }
 
 func utimensat(dir int, name *byte, times *[2]unix.Timespec, flags int) unix.Errno {
-	_, errno := call(unix.SYS_UTIMENSAT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(times)), uintptr(flags), 0)
+	_, errno := call(unix.SYS_UTIMENSAT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(unsafe.Pointer(times)), uintptr(flags), 0)
 	return errno
 }
 
 func statfs(name *byte, st *unix.Statfs_t) unix.Errno {
-	_, errno := call(unix.SYS_STATFS, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(st)), 0, 0, 0)
+	_, errno := call(unix.SYS_STATFS,
+		uintptr(unsafe.Pointer(name)),
+		uintptr(unsafe.Pointer(st)), 0, 0, 0)
 	return errno
 }
 
@@ -104,27 +130,37 @@ func truncate(name *byte, size int64) unix.Errno {
 }
 
 func lgetxattr(name, attr *byte, room []byte) (int, unix.Errno) {
-	return call(unix.SYS_LGETXATTR, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(attr)), uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)), 0)
+	return call(unix.SYS_LGETXATTR,
+		uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(attr)),
+		uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)), 0)
 }
 
 func llistxattr(name *byte, room []byte) (int, unix.Errno) {
-	return call(unix.SYS_LLISTXATTR, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)), 0, 0)
+	return call(unix.SYS_LLISTXATTR,
+		uintptr(unsafe.Pointer(name)),
+		uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)), 0, 0)
 }
 
 func lsetxattr(name, attr *byte, value []byte, flags int) unix.Errno {
-	_, errno := call(unix.SYS_LSETXATTR, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(attr)), uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(len(value)), uintptr(flags))
+	_, errno := call(unix.SYS_LSETXATTR,
+		uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(attr)),
+		uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(len(value)),
+		uintptr(flags))
 	return errno
 }
 
 func lremovexattr(name, attr *byte) unix.Errno {
-	_, errno := call(unix.SYS_LREMOVEXATTR, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(attr)), 0, 0, 0)
+	_, errno := call(unix.SYS_LREMOVEXATTR,
+		uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(attr)), 0, 0, 0)
 	return errno
 }
 
 // nameToHandleAt fills h, whose size says how much room it has, and mount,
 // which names the mount that the file is on.
 func nameToHandleAt(dir int, name *byte, h *fileHandle, mount *int32, flags int) unix.Errno {
-	_, errno := call(unix.SYS_NAME_TO_HANDLE_AT, uintptr(dir), uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(h)), uintptr(unsafe.Pointer(mount)), uintptr(flags))
+	_, errno := call(unix.SYS_NAME_TO_HANDLE_AT,
+		uintptr(dir), uintptr(unsafe.Pointer(name)),
+		uintptr(unsafe.Pointer(h)), uintptr(unsafe.Pointer(mount)), uintptr(flags))
 	return errno
 }
 
@@ -132,7 +168,9 @@ func nameToHandleAt(dir int, name *byte, h *fileHandle, mount *int32, flags int)
 // number says long.
 func getversion(fd int, version *uint32) unix.Errno {
 	const fsIocGetversion = 0x80087601 // _IOR('v', 1, long)
-	_, errno := call(unix.SYS_IOCTL, uintptr(fd), fsIocGetversion, uintptr(unsafe.Pointer(version)), 0, 0)
+	_, errno := call(unix.SYS_IOCTL,
+		uintptr(fd), fsIocGetversion,
+		uintptr(unsafe.Pointer(version)), 0, 0)
 	return errno
 }
 

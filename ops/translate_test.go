@@ -36,7 +36,8 @@ func wantOwner(t *testing.T, dir string, c *helpertest.Client, path string, host
 
 func TestTranslate(t *testing.T) {
 	t.Parallel()
-	dir, c := newTranslating(t, "--translate-uid map:0:100000:65536 --translate-gid map:0:200000:1000 --translate-gid squash-guest:1000:42:1000 --translate-gid squash-host:42:1999:1")
+	dir, c := newTranslating(t, "--translate-uid map:0:100000:65536 --translate-gid map:0:200000:1000 "+
+		"--translate-gid squash-guest:1000:42:1000 --translate-gid squash-host:42:1999:1")
 	for i, owner := range []struct{ asked, host, told [2]uint32 }{
 		{[2]uint32{0, 0}, [2]uint32{100000, 200000}, [2]uint32{0, 0}},
 		{[2]uint32{1000, 999}, [2]uint32{101000, 200999}, [2]uint32{1000, 999}},
@@ -77,8 +78,10 @@ func TestTranslateForbidden(t *testing.T) {
 // An identity that is the host's root is so by translation only.
 func TestTranslateToRoot(t *testing.T) {
 	t.Parallel()
-	dir, c := newTranslating(t, "--translate-uid map:1000:0:1 --translate-gid map:1000:0:1 --translate-uid guest:0:1000:1 --translate-gid guest:0:1000:1")
-	want(t, c, 0, mknod("/device", unix.S_IFCHR|0o600, 0x103, 1000, 1000), create("/made", unix.O_CREAT, 0o600, 1000, 1000))
+	dir, c := newTranslating(t, "--translate-uid map:1000:0:1 --translate-gid map:1000:0:1 "+
+		"--translate-uid guest:0:1000:1 --translate-gid guest:0:1000:1")
+	want(t, c, 0,
+		mknod("/device", unix.S_IFCHR|0o600, 0x103, 1000, 1000), create("/made", unix.O_CREAT, 0o600, 1000, 1000))
 	want(t, c, unix.EPERM, mknod("/device2", unix.S_IFCHR|0o600, 0x103, 0, 0))
 	wantOwner(t, dir, c, "/made", [2]uint32{0, 0}, [2]uint32{1000, 1000})
 }
@@ -86,7 +89,8 @@ func TestTranslateToRoot(t *testing.T) {
 // POSIX ACLs have ids in them.
 func TestTranslateACL(t *testing.T) {
 	t.Parallel()
-	dir, c := newTranslating(t, "--translate-uid map:1001:101001:1 --translate-gid map:7:200007:1 --translate-uid forbid-guest:5:1")
+	dir, c := newTranslating(t, "--translate-uid map:1001:101001:1 --translate-gid map:7:200007:1 "+
+		"--translate-uid forbid-guest:5:1")
 	withUser := func(id string) string { return strings.Replace(acl, "\xe9\x03\x00\x00", id, 1) }
 	if withUser("") == acl {
 		t.Fatal("acl names no user 1001")
@@ -96,7 +100,8 @@ func TestTranslateACL(t *testing.T) {
 	for _, a := range []struct{ path, name, guest, host string }{
 		{"/file", "system.posix_acl_access", acl, onHost},
 		{"/dir", "system.posix_acl_default", acl, onHost},
-		{"/big", "system.posix_acl_access", withGroup("\x07\x00\x00\x00"), onHost[:28] + "\x08\x00\x04\x00\x47\x0d\x03\x00" + onHost[28:]},
+		{"/big", "system.posix_acl_access", withGroup("\x07\x00\x00\x00"),
+			onHost[:28] + "\x08\x00\x04\x00\x47\x0d\x03\x00" + onHost[28:]},
 		{"/file", "user.acl", acl, acl},
 	} {
 		want(t, c, 0, lsetxattr(a.path, a.name, a.guest, len(a.guest), 0))
@@ -115,5 +120,8 @@ func TestTranslateACL(t *testing.T) {
 	forbidden := withUser("\x05\x00\x00\x00")
 	want(t, c, unix.EPERM, lsetxattr("/file", "system.posix_acl_access", forbidden, len(forbidden), 0))
 	want(t, c, 0, lsetxattr("/file", "user.acl", forbidden, len(forbidden), 0))
-	want(t, c, unix.EINVAL, lsetxattr("/file", "system.posix_acl_access", "bad", 3, 0), lsetxattr("/file", "system.posix_acl_access", acl[:10], 10, 0), lsetxattr("/file", "system.posix_acl_access", acl, 5, 0))
+	want(t, c, unix.EINVAL,
+		lsetxattr("/file", "system.posix_acl_access", "bad", 3, 0),
+		lsetxattr("/file", "system.posix_acl_access", acl[:10], 10, 0),
+		lsetxattr("/file", "system.posix_acl_access", acl, 5, 0))
 }

@@ -28,7 +28,8 @@ var tree = []struct {
 	data     string   // content, or target of a link
 	xattrs   []string // names and values
 }{
-	{path: "file", mode: unix.S_IFREG | 0o644, uid: 1000, gid: 1000, data: "content\n", xattrs: []string{"user.a", "value", "user.empty", "", "security.test", "s"}},
+	{path: "file", mode: unix.S_IFREG | 0o644, uid: 1000, gid: 1000, data: "content\n",
+		xattrs: []string{"user.a", "value", "user.empty", "", "security.test", "s"}},
 	{path: "suid", mode: unix.S_IFREG | 0o6755, uid: 1000, gid: 1000, data: "#!/bin/sh\n"},
 	{path: "secret", mode: unix.S_IFREG, data: "root's"},
 	{path: "big", mode: unix.S_IFREG | 0o666, data: strings.Repeat("0123456789abcdef", 1<<9)},

@@ -69,5 +69,7 @@ func (fs *FS) lsetxattr(c *Call) unix.Errno {
 
 // lremovexattr serves LREMOVEXATTR: s path, s name; lremovexattr(path, name).
 func (fs *FS) lremovexattr(c *Call) unix.Errno {
-	return c.byName(c.req.Path, func(name *byte) unix.Errno { return lremovexattr(name, c.req.Name.Pointer()) })
+	return c.byName(c.req.Path, func(name *byte) unix.Errno {
+		return lremovexattr(name, c.req.Name.Pointer())
+	})
 }

@@ -22,13 +22,15 @@ import (
 type conn struct {
 	srv  *Server
 	loop *loop  // where it rests
-	id   uint32 // the supervisor's number of it
+	id   uint32 // the supervisor's number of its slot
 	fd   int
 	slot *inflight.Slot // what has been received and is in work
 
 	progress *progress.Conn // since when something is in work, for the supervisor
+	number   uint64         // in the log, never used again
 
 	recovered bool // what another server has left is done
+	told      bool // why it is closed is logged
 	turn      turn // good during a turn
 
 	pace   pace
@@ -143,6 +145,7 @@ func (c *conn) serveFrames() outcome {
 	for {
 		t, payload, ok, err := c.slot.Frame()
 		if err != nil {
+			c.told = true
 			c.log().Warn("connection closed: not the proxy protocol", "request", t.String(), "error", err)
 			return peerClosed
 		}
@@ -164,6 +167,7 @@ func (c *conn) serveFrames() outcome {
 // do does one request, in a copy of its own.
 func (c *conn) do(t codec.Type, payload []byte) {
 	c.turn.request.Set(payload)
+	c.turn.call.Connection = c.number
 	c.srv.workers.Begin()
 	c.srv.fs.Do(t, c.turn.request.B, &c.turn.call)
 	c.srv.workers.End()
@@ -202,6 +206,7 @@ func (c *conn) answer(t codec.Type, size, sent int) outcome {
 func (c *conn) recover() outcome {
 	w, ok, err := c.slot.Recover()
 	if err != nil {
+		c.told = true
 		c.log().Error("connection closed", "error", err)
 		return peerClosed
 	}
@@ -220,6 +225,7 @@ func (c *conn) recover() outcome {
 	}
 	if w.Sent > 0 && len(call.Out) != w.Total {
 		c.progress.End()
+		c.told = true
 		c.log().Error("connection closed: half of an answer was sent", "request", w.Type.String())
 		return peerClosed
 	}
@@ -239,7 +245,7 @@ func (c *conn) close(ended bool) {
 	unix.Close(c.fd)
 }
 
-func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.id) }
+func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.number) }
 
 // readable waits until bytes or the end of the stream have come; false when
 // nothing has within d, or a handing over has begun. With a seat it is a raw

@@ -183,7 +183,7 @@ func TestLateRequest(t *testing.T) {
 	server := p.Server()
 	c.Send(frame(codec.Mkdir, "/stuck/x"))
 	helpertest.Eventually(t, "the request is logged", func() bool { return p.Logged("a request is late") })
-	const says = "connection=1 request=MKDIR age="
+	const says = "connection=2 request=MKDIR age="
 	if !p.Logged(says) || p.Logged("is answered") {
 		t.Errorf("no %q, or too much:\n%s", says, p.Output())
 	}

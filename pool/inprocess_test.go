@@ -152,7 +152,7 @@ func FuzzServer(f *testing.F) {
 	var all []byte
 	for t := codec.Open; t < codec.NumTypes; t++ {
 		q := codec.Request{
-			Path: path("/f"), Other: path("/g"), Name: path("user.a"), Value: []byte("value"),
+			Path: path("/f"), NewPath: path("/g"), Target: path("/g"), Name: path("user.a"), Value: []byte("value"),
 			Flags: unix.O_CREAT | unix.O_RDWR, Mode: unix.S_IFREG | 0o644, Size: 5,
 		}
 		all = q.Append(all, t)
@@ -190,7 +190,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Add(theirs, 0); err != nil {
+	if err := s.Add(theirs, 0, 1); err != nil {
 		t.Fatal(err)
 	}
 	type result struct {
@@ -220,7 +220,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 			s.Close()
 			if !ended() {
 				s = newInProcess(t)
-				if err := s.Add(keeps, 0); err != nil {
+				if err := s.Add(keeps, 0, 1); err != nil {
 					t.Fatal(err)
 				}
 				keeps = -1
@@ -297,7 +297,7 @@ func TestCollectedGarbage(t *testing.T) {
 		if err := unix.SetsockoptTimeval(ours, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Add(theirs, id); err != nil {
+		if err := s.Add(theirs, id, uint64(id)); err != nil {
 			t.Fatal(err)
 		}
 		clients.Go(func() {

@@ -3,10 +3,12 @@ package pool
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime"
 	"time"
 
 	gerrors "github.com/panjf2000/gnet/v2/pkg/errors"
+	glogging "github.com/panjf2000/gnet/v2/pkg/logging"
 	"github.com/panjf2000/gnet/v2/pkg/netpoll"
 	"github.com/panjf2000/gnet/v2/pkg/queue"
 	"golang.org/x/sys/unix"
@@ -53,7 +55,26 @@ type loop struct {
 // leader is the goroutine that leads a loop.
 type leader struct{ turn turn }
 
+// gnetLog is what gnet logs by: else it would open a time zone's file, and write
+// to this process' descriptors.
+type gnetLog struct{ log *slog.Logger }
+
+func (g gnetLog) Debugf(format string, a ...any) {
+	g.log.Debug("gnet", "text", fmt.Sprintf(format, a...))
+}
+func (g gnetLog) Infof(format string, a ...any) {
+	g.log.Info("gnet", "text", fmt.Sprintf(format, a...))
+}
+func (g gnetLog) Warnf(format string, a ...any) {
+	g.log.Warn("gnet", "text", fmt.Sprintf(format, a...))
+}
+func (g gnetLog) Errorf(format string, a ...any) {
+	g.log.Error("gnet", "text", fmt.Sprintf(format, a...))
+}
+func (g gnetLog) Fatalf(format string, a ...any) { panic(fmt.Sprintf(format, a...)) }
+
 func newLoop(s *Server, record *progress.Loop) (*loop, error) {
+	glogging.SetDefaultLoggerAndFlusher(gnetLog{s.log}, nil)
 	p, err := netpoll.OpenPoller()
 	if err != nil {
 		return nil, fmt.Errorf("epoll loop: %w", err)
@@ -155,7 +176,7 @@ func (l *loop) wake(me *leader, fd int) error {
 	s.mu.Lock()
 	l.ended = nanotime()
 	if l.leader != me { // it was stuck, and has had a turn
-		s.finish(c, end)
+		goClose(s.finish(c, end))
 		return gerrors.ErrEngineShutdown
 	}
 	l.here = nil
@@ -163,12 +184,19 @@ func (l *loop) wake(me *leader, fd int) error {
 		return nil
 	}
 	l.unrest(c)
-	s.finish(c, end)
+	goClose(s.finish(c, end))
 	if end == tainted { // this thread is to end
 		l.lead()
 		return gerrors.ErrEngineShutdown
 	}
 	return nil
+}
+
+// goClose closes a connection elsewhere, if there is something to close.
+func goClose(closing func()) {
+	if closing != nil {
+		go closing()
+	}
 }
 
 // idles tells whether the loop has waited for many of the requests that it has

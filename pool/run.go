@@ -12,6 +12,7 @@ import (
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/logging"
 	"virtfs-proxy-helper/pool/progress"
 )
 
@@ -25,23 +26,26 @@ type Config struct {
 // Run is the server process. It gets its connections from the supervisor, and
 // ends when told to; or, should the supervisor be gone, with its last client.
 func (cfg *Config) Run(log *slog.Logger) error {
+	defer logging.FlushServer(log)
 	// They are the supervisor's; systemd sends them to all processes of a service.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	if err := CalmMonitor(); err != nil {
 		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
 	}
+	ipc.NameProcess(ipc.ServerName)
 	control := ipc.InheritedControl()
-	server, err := cfg.enter(control, log)
+	gone := newOutbox(func(n goneConn) error { return control.SendGone(n.id, n.ended) })
+	server, err := cfg.enter(control, gone, log)
 	if err != nil {
 		control.SendError(err)
-		return err
+		return logging.Told{Err: err}
 	}
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	handOver, err := control.Serve(func(fd int, id uint32) {
-		if err := server.Add(fd, id); err != nil {
-			log.Error("connection refused", "connection", id, "error", err)
+	handOver, err := control.Serve(func(fd int, id uint32, number uint64) {
+		if err := server.Add(fd, id, number); err != nil {
+			log.Error("connection refused", "connection", number, "error", err)
 		}
 	}, func() { server.Ping() })
 	switch {
@@ -58,11 +62,14 @@ func (cfg *Config) Run(log *slog.Logger) error {
 				"connections", server.Serving())
 		}
 	}
+	gone.flush()
 	return nil
 }
 
 // enter sandboxes this process and returns what serves its connections.
-func (cfg *Config) enter(control *ipc.Control, log *slog.Logger) (*Server, error) {
+func (cfg *Config) enter(
+	control *ipc.Control, gone *outbox[goneConn], log *slog.Logger,
+) (*Server, error) {
 	number, err := control.AwaitHello()
 	if err != nil {
 		return nil, err
@@ -95,6 +102,6 @@ func (cfg *Config) enter(control *ipc.Control, log *slog.Logger) (*Server, error
 	if err != nil {
 		return nil, err
 	}
-	gone := func(id uint32, ended bool) { control.SendGone(id, ended) }
-	return NewServer(fs, Memories{j, p, number}, cfg.Workers, gone, log)
+	closed := func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }
+	return NewServer(fs, Memories{j, p, number}, cfg.Workers, closed, log)
 }

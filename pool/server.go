@@ -76,6 +76,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	turns    map[*conn]struct{}
+	leaving  int // connections that are in neither any more, but not yet closed
 	draining bool
 	sealed   bool // nobody adds connections any more
 	closed   sync.Once
@@ -91,7 +92,7 @@ type Memories struct {
 
 // NewServer returns a server of fs that has at most n requests in the file
 // system at once. gone is called when it has closed a connection: ended, or as
-// it is, for another server to go on with.
+// it is, for another server to go on with. It must not wait.
 func NewServer(
 	fs *ops.FS, m Memories, n int, gone func(id uint32, ended bool), log *slog.Logger,
 ) (*Server, error) {
@@ -132,9 +133,11 @@ func (s *Server) Close() error {
 }
 
 // Add serves a connected stream socket, which the server owns from now on.
-// What another server has left of it is in its slot of the in-flight memory, number id.
-func (s *Server) Add(fd int, id uint32) error {
-	c := &conn{srv: s, id: id, fd: fd, loop: s.loops[int(id)%len(s.loops)], pace: newPace(),
+// What another server has left of it is in its slot of the in-flight memory,
+// which is id. number is what the log calls it.
+func (s *Server) Add(fd int, id uint32, number uint64) error {
+	c := &conn{srv: s, id: id, number: number, fd: fd, pace: newPace(),
+		loop: s.loops[int(id)%len(s.loops)],
 		slot: s.inflight.Slot(id), progress: s.progress.Conn(id)}
 	if c.slot == nil || c.progress == nil {
 		c.close(true)
@@ -144,13 +147,13 @@ func (s *Server) Add(fd int, id uint32) error {
 		c.close(true)
 		return err
 	}
+	c.log().Debug("connection")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turns[c] = struct{}{}
 	if s.draining {
 		c.refuse()
 	}
-	s.log.Debug("connection", "connection", id)
 	go s.serve(c)
 	return nil
 }
@@ -162,8 +165,11 @@ func (s *Server) serve(c *conn) {
 	}
 	end := c.take()
 	s.mu.Lock()
-	s.finish(c, end)
+	closing := s.finish(c, end)
 	s.mu.Unlock()
+	if closing != nil {
+		closing()
+	}
 	if s.idleThreads.Add(1) <= maxIdleThreads {
 		return
 	}
@@ -177,35 +183,50 @@ func (s *Server) serve(c *conn) {
 	runtime.LockOSThread() // the thread ends with this goroutine
 }
 
-// finish ends a turn. The caller holds mu.
-func (s *Server) finish(c *conn, end outcome) {
+// finish ends a turn. The caller holds mu. What closes the connection, if that is
+// to be, is returned: it may wait, so the caller runs it without mu, and not
+// where others wait for it.
+func (s *Server) finish(c *conn, end outcome) (closing func()) {
 	if end == idle && s.handingOver.Load() {
 		end = handedOver
 	}
+	var failed error
 	switch end {
 	case tainted:
 		go s.serve(c) // on another thread: this goroutine ends, and its thread with it
-		return
+		return nil
 	case idle:
-		err := c.loop.rest(c)
-		if err == nil {
-			return
+		if failed = c.loop.rest(c); failed == nil {
+			return nil
 		}
-		s.log.Error("connection closed", "connection", c.id, "error", err)
 		end = peerClosed
-	case peerClosed:
-		if n := c.slot.Pending(); n > 0 {
-			s.log.Warn("client left in the middle of a request", "connection", c.id, "bytes", n)
-		}
 	}
 	delete(s.turns, c)
-	c.close(end == peerClosed)
-	s.gone(c.id, end == peerClosed)
-	s.closeIfEmpty()
+	s.leaving++
+	return s.closing(c, end, failed)
+}
+
+// closing returns what closes a connection, for the reason end, or failed if
+// that is not nil.
+func (s *Server) closing(c *conn, end outcome, failed error) func() {
+	return func() {
+		switch n := c.slot.Pending(); {
+		case failed != nil:
+			c.log().Error("connection closed", "error", failed)
+		case end == peerClosed && n > 0 && !c.told:
+			c.log().Warn("client left in the middle of a request", "bytes", n)
+		}
+		c.close(end == peerClosed)
+		s.gone(c.id, end == peerClosed)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.leaving--
+		s.closeIfEmpty()
+	}
 }
 
 func (s *Server) closeIfEmpty() {
-	if (s.draining || s.sealed || s.handingOver.Load()) && s.serving() == 0 {
+	if (s.draining || s.sealed || s.handingOver.Load()) && s.serving() == 0 && s.leaving == 0 {
 		s.closed.Do(func() { close(s.empty) })
 	}
 }
@@ -267,10 +288,18 @@ func (s *Server) Empty() <-chan struct{} {
 // HandOver leaves all connections to another server, each once its request in
 // work is answered. The channel closes when all have gone.
 func (s *Server) HandOver() <-chan struct{} {
+	for _, closing := range s.handOver() {
+		closing()
+	}
+	return s.empty
+}
+
+// handOver begins it, and returns what closes the connections that rest.
+func (s *Server) handOver() (closing []func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.draining || s.handingOver.Load() {
-		return s.empty
+		return nil
 	}
 	s.handingOver.Store(true)
 	unix.Write(s.handoverFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
@@ -278,10 +307,10 @@ func (s *Server) HandOver() <-chan struct{} {
 		for _, c := range l.resting {
 			if c != l.here { // the loop sees to that
 				l.unrest(c)
-				s.finish(c, handedOver)
+				closing = append(closing, s.finish(c, handedOver))
 			}
 		}
 	}
 	s.closeIfEmpty()
-	return s.empty
+	return closing
 }

@@ -24,15 +24,7 @@ type Fault struct {
 
 // KnownFaults are the faults that are not mended yet. A case named here must
 // fail with the output in Says: delete the entry when the fault is mended.
-var KnownFaults = []Fault{
-	{
-		Row:   "G2",
-		Words: "as a daemon: kill -9 of the supervisor ends the server too",
-		Test:  "TestKilledSupervisor",
-		Ways:  "daemon*",
-		Says:  "the VM is lost",
-	},
-}
+var KnownFaults = []Fault{}
 
 // caseEnv is set for a process that runs a marked case, to see it fail.
 const caseEnv = "HELPERTEST_KNOWN_FAULT"

@@ -41,7 +41,7 @@ type want struct {
 
 // apply performs a request in the world and returns the right answer to it.
 func (w *world) apply(r *request, v *VM) want {
-	path, other := text(r.q.Path), text(r.q.Other)
+	path, newPath := text(r.q.Path), text(r.q.NewPath)
 	q := &r.q
 	switch {
 	case r.t == codec.GetVersion && !v.around.versions():
@@ -72,14 +72,14 @@ func (w *world) apply(r *request, v *VM) want {
 		_, errno = w.create(path, unix.S_IFDIR|q.Mode, q.UID, q.GID)
 	case codec.Symlink:
 		if n, errno = w.create(path, unix.S_IFLNK|0o777, q.UID, q.GID); errno == 0 {
-			n.data = other
+			n.data = text(q.Target)
 		}
 	case codec.Link:
 		var p place
 		if n, errno = w.find(path, false); errno != 0 {
 			break
 		}
-		switch p, errno = w.free(other); {
+		switch p, errno = w.free(newPath); {
 		case errno != 0:
 		case n.is(unix.S_IFDIR):
 			errno = unix.EPERM
@@ -144,7 +144,7 @@ func (w *world) apply(r *request, v *VM) want {
 			n.mtime = &t
 		}
 	case codec.Rename:
-		errno = w.rename(path, other)
+		errno = w.rename(path, newPath)
 	case codec.Remove:
 		errno = w.remove(path)
 	case codec.GetVersion:

@@ -23,8 +23,10 @@ type request struct {
 func (r *request) String() string {
 	s := fmt.Sprintf("request %d: %v %q", r.n, r.t, text(r.q.Path))
 	switch r.t {
-	case codec.Symlink, codec.Link, codec.Rename:
-		s += fmt.Sprintf(" %q", text(r.q.Other))
+	case codec.Link, codec.Rename:
+		s += fmt.Sprintf(" %q", text(r.q.NewPath))
+	case codec.Symlink:
+		s += fmt.Sprintf(" %q", text(r.q.Target))
 	case codec.Lgetxattr, codec.Lsetxattr, codec.Lremovexattr:
 		s += fmt.Sprintf(" %q", text(r.q.Name))
 	}
@@ -108,17 +110,17 @@ func (g *generator) next() *request {
 	owner := pick(g, [2]uint32{0, 0}, [2]uint32{1000, 1000}, [2]uint32{1001, 100})
 	value := []byte(strings.Repeat(g.name(), g.IntN(200)))
 	r.q = codec.Request{
-		Path:  g.cstring(g.path()),
-		Other: g.cstring(g.path()),
-		Name:  codec.CString("user." + g.name()),
-		Value: value,
-		UID:   owner[0],
-		GID:   owner[1],
-		Mode:  g.Uint32N(0o1000),
-		Flags: g.openFlags(),
-		Size:  pick[int64](g, 0, 1, 2, 4, 100, 300, 65536),
-		Atime: codec.Time{Sec: g.Int64N(1 << 31), Nsec: pick[int64](g, 0, 7, unix.UTIME_NOW)},
-		Mtime: g.mtime(),
+		Path:    g.cstring(g.path()),
+		NewPath: g.cstring(g.path()),
+		Name:    codec.CString("user." + g.name()),
+		Value:   value,
+		UID:     owner[0],
+		GID:     owner[1],
+		Mode:    g.Uint32N(0o1000),
+		Flags:   g.openFlags(),
+		Size:    pick[int64](g, 0, 1, 2, 4, 100, 300, 65536),
+		Atime:   codec.Time{Sec: g.Int64N(1 << 31), Nsec: pick[int64](g, 0, 7, unix.UTIME_NOW)},
+		Mtime:   g.mtime(),
 	}
 	switch r.t {
 	case codec.Open:
@@ -141,7 +143,7 @@ func (g *generator) next() *request {
 			r.q.Rdev = 0x103
 		}
 	case codec.Symlink:
-		r.q.Other = g.cstring(pick(g, g.name(), g.name(), "none", g.name()+"/"+g.name()))
+		r.q.Target = g.cstring(pick(g, g.name(), g.name(), "none", g.name()+"/"+g.name()))
 	case codec.Truncate:
 		r.q.Size = pick(g, g.Int64N(100), g.Int64N(20_000), -1)
 	case codec.Chown:

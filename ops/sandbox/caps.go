@@ -12,7 +12,9 @@ import (
 
 // serverCaps are the capabilities that requests need; they are all that remains to
 // the server.
-var serverCaps = []cap.Value{cap.CHOWN, cap.DAC_OVERRIDE, cap.FOWNER, cap.FSETID, cap.SETGID, cap.SETUID, cap.MKNOD}
+var serverCaps = []cap.Value{
+	cap.CHOWN, cap.DAC_OVERRIDE, cap.FOWNER, cap.FSETID, cap.SETGID, cap.SETUID, cap.MKNOD,
+}
 
 // supervisorCaps are what the supervisor works with: it makes and removes names.
 var supervisorCaps = []cap.Value{cap.DAC_OVERRIDE, cap.FOWNER}
@@ -42,9 +44,10 @@ func (c Config) setupCaps() []cap.Value {
 // about it.
 func (c Config) Check() error {
 	if c.ReadOnly && c.Sandbox != SandboxNamespace {
-		return fmt.Errorf("--readonly --sandbox=%s: descriptors that QEMU is given could be opened again "+
-			"for writing, as the mount is not read-only: use --sandbox=namespace, or mount the export "+
-			"read-only and leave out --readonly", c.Sandbox)
+		return fmt.Errorf("--readonly --sandbox=%s: "+
+			"descriptors that QEMU is given could be opened again for writing, "+
+			"as the mount is not read-only: use --sandbox=namespace, "+
+			"or mount the export read-only and leave out --readonly", c.Sandbox)
 	}
 	have := cap.GetProc()
 	var missing []string
@@ -56,17 +59,19 @@ func (c Config) Check() error {
 	if missing == nil {
 		return nil
 	}
-	err := fmt.Errorf("runs as root but without %s: grant them (docker: --cap-add; systemd: CapabilityBoundingSet=)", strings.Join(missing, ", "))
+	err := fmt.Errorf("runs as root but without %s: "+
+		"grant them (docker: --cap-add; systemd: CapabilityBoundingSet=)",
+		strings.Join(missing, ", "))
 	if missing[0] == "CAP_SYS_ADMIN" && c.Sandbox == SandboxNamespace {
 		err = fmt.Errorf("%w, or do without namespaces of its own: --sandbox=chroot", err)
 	}
 	return err
 }
 
-// DropSupervisorPrivileges leaves the supervisor, this process, what it needs to start servers and to
-// make names. Nothing but Start uses more than the latter: the others lie in
-// the permitted set, for a server inherits by execve what both that and the
-// bounding set have.
+// DropSupervisorPrivileges leaves the supervisor, this process, what it needs
+// to start servers and to make names. Nothing but Start uses more than the
+// latter: the others lie in the permitted set, for a server inherits by execve
+// what both that and the bounding set have.
 func (c Config) DropSupervisorPrivileges() error {
 	if c.Sandbox != SandboxNone {
 		if err := c.dropSupervisorCaps(); err != nil {
@@ -87,6 +92,10 @@ func (c Config) dropSupervisorCaps() error {
 	}
 	return drop(supervisorCaps, permitted, permitted)
 }
+
+// WithCaps runs f with all that the supervisor may have, to do again what it has
+// done at its start.
+func (c Config) WithCaps(f func() error) error { return c.withCaps(f) }
 
 // withCaps runs f with all that the supervisor may have, on this thread alone.
 // While a goroutine is locked to it, the runtime makes no threads from it that
@@ -133,7 +142,10 @@ func drop(effective, permitted, bounding []cap.Value) error {
 		}
 	}
 	set := cap.NewSet()
-	for flag, values := range map[cap.Flag][]cap.Value{cap.Effective: effective, cap.Permitted: permitted} {
+	for flag, values := range map[cap.Flag][]cap.Value{
+		cap.Effective: effective,
+		cap.Permitted: permitted,
+	} {
 		if err := set.SetFlag(flag, true, values...); err != nil {
 			return err
 		}

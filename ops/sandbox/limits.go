@@ -25,5 +25,6 @@ func Descriptors(n uint64) error {
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
 		return err
 	}
-	return fmt.Errorf("%d descriptors are allowed, %d may be needed: raise the hard limit (ulimit -Hn; systemd: LimitNOFILE=) or lower --max-connections", had.Max, n)
+	return fmt.Errorf("%d descriptors are allowed, %d may be needed: raise the hard limit "+
+		"(ulimit -Hn; systemd: LimitNOFILE=) or lower --max-connections", had.Max, n)
 }

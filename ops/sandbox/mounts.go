@@ -23,7 +23,8 @@ func (c Config) Start(cmd *exec.Cmd, dir *os.File) error {
 	return c.withCaps(func() error {
 		export := dir
 		if c.Sandbox == SandboxNamespace {
-			tree, err := unix.OpenTree(int(dir.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)
+			tree, err := unix.OpenTree(int(dir.Fd()), "", unix.OPEN_TREE_CLONE|
+				unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)
 			if err != nil {
 				return needsNamespaces("copy the export's mounts", err)
 			}
@@ -32,7 +33,8 @@ func (c Config) Start(cmd *exec.Cmd, dir *os.File) error {
 			if cmd.SysProcAttr == nil {
 				cmd.SysProcAttr = &syscall.SysProcAttr{}
 			}
-			cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID
+			cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNS | unix.CLONE_NEWNET |
+				unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID
 		}
 		cmd.ExtraFiles = append(cmd.ExtraFiles, export)
 		err := cmd.Start()
@@ -106,7 +108,8 @@ func ownMounts() error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return needsNamespaces("unshare", err)
 	}
-	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	if err := unix.Mount("proc", "/proc", "proc", flags, ""); err != nil {
 		return needsNamespaces("mount /proc", err)
 	}
 	return nil
@@ -119,7 +122,8 @@ func openFDs(log *slog.Logger) (int, error) {
 	if err == nil {
 		return fd, nil
 	}
-	log.Warn("no detached /proc/self/fd: the server keeps a descriptor into /proc, which no request can reach", "error", err)
+	log.Warn("no detached /proc/self/fd: "+
+		"the server keeps a descriptor into /proc, which no request can reach", "error", err)
 	if fd, err = unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
 		return -1, fmt.Errorf("%s: %w: is /proc mounted?", path, err)
 	}

@@ -135,8 +135,13 @@ func onThreadThatEnds(f func() error) error {
 
 // needsNamespaces says what to do where a container forbids them.
 func needsNamespaces(what string, err error) error {
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSPC) {
-		return fmt.Errorf("%s: %w: if this system allows no namespaces, --sandbox=chroot does without", what, err)
+	for _, forbidden := range []unix.Errno{
+		unix.EPERM, unix.EACCES, unix.ENOSYS, unix.EINVAL, unix.ENOSPC,
+	} {
+		if errors.Is(err, forbidden) {
+			return fmt.Errorf("%s: %w: "+
+				"if this system allows no namespaces, --sandbox=chroot does without", what, err)
+		}
 	}
 	return fmt.Errorf("%s: %w", what, err)
 }

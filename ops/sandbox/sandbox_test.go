@@ -30,7 +30,9 @@ type capSets struct{ CapInh, CapPrm, CapEff, CapBnd, CapAmb uint64 }
 
 func threadCaps(t *testing.T, st map[string]string) (c capSets) {
 	t.Helper()
-	for set, v := range map[string]*uint64{"CapInh": &c.CapInh, "CapPrm": &c.CapPrm, "CapEff": &c.CapEff, "CapBnd": &c.CapBnd, "CapAmb": &c.CapAmb} {
+	for set, v := range map[string]*uint64{
+		"CapInh": &c.CapInh, "CapPrm": &c.CapPrm, "CapEff": &c.CapEff, "CapBnd": &c.CapBnd, "CapAmb": &c.CapAmb,
+	} {
 		var err error
 		if *v, err = strconv.ParseUint(st[set], 16, 64); err != nil {
 			t.Fatal(err)
@@ -103,8 +105,10 @@ func TestThreads(t *testing.T) {
 					t.Errorf("%s: %x, want %x", st["Name"], got, want)
 				}
 				uid := strings.Fields(st["Uid"])[0]
-				if st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" || st["Groups"] != "" || uid != strconv.Itoa(way.UID()) {
-					t.Errorf("%d: NoNewPrivs %s, Seccomp %s, groups %q, uid %s", pid, st["NoNewPrivs"], st["Seccomp"], st["Groups"], uid)
+				if st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" || st["Groups"] != "" ||
+					uid != strconv.Itoa(way.UID()) {
+					t.Errorf("%d: NoNewPrivs %s, Seccomp %s, groups %q, uid %s",
+						pid, st["NoNewPrivs"], st["Seccomp"], st["Groups"], uid)
 				}
 			}
 		}
@@ -118,7 +122,8 @@ func TestNoSandbox(t *testing.T) {
 	for _, pid := range []int{p.PID, p.Server()} {
 		// Threads of the server that have made files have less in effect.
 		st := helpertest.Status(t, strconv.Itoa(pid))
-		if got := threadCaps(t, st); got.CapBnd != mine.CapBnd || pid == p.PID && got != mine || st["Groups"] != "4 24" || st["NoNewPrivs"] != "0" {
+		if got := threadCaps(t, st); got.CapBnd != mine.CapBnd || pid == p.PID && got != mine ||
+			st["Groups"] != "4 24" || st["NoNewPrivs"] != "0" {
 			t.Errorf("%x, groups %q: not as started", got, st["Groups"])
 		}
 	}
@@ -183,8 +188,11 @@ func TestNamespaces(t *testing.T) {
 			}
 		}})
 		server := h.Server()
-		if got := own(t, h.PID, os.Getpid()); got != nil && !(slices.Equal(got, []string{"mnt"}) && (way.Rootless || !way.Foreground)) {
-			t.Errorf("the supervisor has %v of its own", got) // the test starts some with other mounts
+		// The test starts some with other mounts.
+		othersMounts := way.Rootless || !way.Foreground
+		if got := own(t, h.PID, os.Getpid()); got != nil &&
+			!(slices.Equal(got, []string{"mnt"}) && othersMounts) {
+			t.Errorf("the supervisor has %v of its own", got)
 		}
 		if got := own(t, server, h.PID); !slices.Equal(got, namespaces) {
 			t.Errorf("the server has only %v of its own", got)
@@ -304,13 +312,16 @@ func TestSharedHost(t *testing.T) {
 // Without the right to make namespaces the start fails, and says what helps.
 func TestNoNamespaces(t *testing.T) {
 	dir := export(t)
+	name := filepath.Join(filepath.Dir(dir), "s")
 	start := func(mode string, drop string) (int, string) {
 		return helpertest.Run(t, helpertest.Command{
 			Path: "/usr/bin/setpriv",
-			Args: []string{"--bounding-set", drop, helpertest.Ours(t), "-p", dir, "-s", filepath.Join(filepath.Dir(dir), "s"), "-u", "0", "-g", "0", "--sandbox=" + mode},
+			Args: []string{"--bounding-set", drop,
+				helpertest.Ours(t), "-p", dir, "-s", name, "-u", "0", "-g", "0", "--sandbox=" + mode},
 		})
 	}
-	if status, out := start("namespace", "-sys_admin"); status != 1 || !strings.Contains(out, "SYS_ADMIN") || !strings.Contains(out, "--sandbox=chroot") {
+	if status, out := start("namespace", "-sys_admin"); status != 1 ||
+		!strings.Contains(out, "SYS_ADMIN") || !strings.Contains(out, "--sandbox=chroot") {
 		t.Errorf("status %d, %q", status, out)
 	}
 	if status, out := start("chroot", "-sys_admin,-sys_chroot"); status != 1 || !strings.Contains(out, "SYS_CHROOT") {
@@ -319,10 +330,10 @@ func TestNoNamespaces(t *testing.T) {
 	// Docker's root has no more than these.
 	p := helpertest.Start(t, helpertest.Command{
 		Path: "/usr/bin/setpriv",
-		Args: []string{"--bounding-set", "-all,+chown,+dac_override,+fsetid,+fowner,+mknod,+net_raw,+setgid,+setuid,+setfcap,+setpcap,+net_bind_service,+sys_chroot,+kill,+audit_write",
-			helpertest.Ours(t), "-n", "-p", dir, "-s", filepath.Join(filepath.Dir(dir), "s"), "-u", "0", "-g", "0", "--sandbox=chroot"},
+		Args: []string{"--bounding-set", "-all,+chown,+dac_override,+fsetid,+fowner,+mknod,+net_raw," +
+			"+setgid,+setuid,+setfcap,+setpcap,+net_bind_service,+sys_chroot,+kill,+audit_write",
+			helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0", "--sandbox=chroot"},
 	})
-	name := filepath.Join(filepath.Dir(dir), "s")
 	helpertest.AwaitName(t, p, name)
 	helpertest.Dial(t, name).Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/d"), UID: 1000, GID: 1000})
 	if !strings.Contains(p.Output(), "no detached /proc/self/fd") {
@@ -348,7 +359,9 @@ func TestDescriptors(t *testing.T) {
 			if way.Rootless { // and so has it not
 				lacks = `"$@"`
 			}
-			return way.Start(t, helpertest.Setup{Wrap: []string{"sh", "-c", "ulimit " + limit + " && exec " + lacks, "sh"}})
+			return way.Start(t, helpertest.Setup{
+				Wrap: []string{"sh", "-c", "ulimit " + limit + " && exec " + lacks, "sh"},
+			})
 		}
 		h := start("-Sn 256")
 		for _, pid := range []int{h.PID, h.Server()} {

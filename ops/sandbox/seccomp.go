@@ -90,15 +90,21 @@ func filter(calls func(goarch string) ([]seccomp.SyscallGroup, error),
 	if err != nil {
 		return -1, fmt.Errorf("list of system calls: %w", err)
 	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil { // the other threads get it with the filter
+	// The other threads get it with the filter.
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return -1, fmt.Errorf("set no_new_privs: %w", err)
 	}
-	prog := unix.SockFprog{Len: uint16(len(raw)), Filter: (*unix.SockFilter)(unsafe.Pointer(unsafe.SliceData(raw)))}
+	prog := unix.SockFprog{
+		Len:    uint16(len(raw)),
+		Filter: (*unix.SockFilter)(unsafe.Pointer(unsafe.SliceData(raw))),
+	}
 	// Nothing here is to run slower for the sake of code that it does not run.
 	flags |= unix.SECCOMP_FILTER_FLAG_TSYNC | unix.SECCOMP_FILTER_FLAG_SPEC_ALLOW
-	fd, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&prog)))
+	fd, _, errno := unix.Syscall(unix.SYS_SECCOMP,
+		unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&prog)))
 	if errno != 0 {
-		return -1, fmt.Errorf("seccomp: %w: if this system allows no filters, --seccomp=none does without", errno)
+		return -1, fmt.Errorf("seccomp: %w: "+
+			"if this system allows no filters, --seccomp=none does without", errno)
 	}
 	return int(fd), nil
 }
@@ -125,7 +131,10 @@ func (c Config) Supervise(listener *os.File, violated func(call string)) {
 			told = append(told, name)
 			violated(name)
 		}
-		answerNotification(fd, &notifyResponse{id: n.id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE})
+		answerNotification(fd, &notifyResponse{
+			id:    n.id,
+			flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE,
+		})
 	}
 }
 

@@ -77,7 +77,8 @@ func filteredChild(mode string) {
 	go func() {
 		runtime.LockOSThread()
 		for a := range work {
-			_, _, errno := unix.RawSyscall6(number(a.name), a.args[0], a.args[1], a.args[2], a.args[3], a.args[4], a.args[5])
+			_, _, errno := unix.RawSyscall6(number(a.name),
+				a.args[0], a.args[1], a.args[2], a.args[3], a.args[4], a.args[5])
 			done <- errno
 		}
 	}()

@@ -27,9 +27,10 @@ var otherNames = map[string]map[string]string{
 
 // runtimeCalls are what Go, and with cgo the C library, needs once it runs.
 var runtimeCalls = []string{
-	"brk", "clock_gettime", "clock_nanosleep", "close", "exit", "exit_group", "futex", "getpid", "getrandom", "gettid",
-	"madvise", "mincore", "munmap", "nanosleep", "restart_syscall", "rseq", "rt_sigaction", "rt_sigprocmask",
-	"rt_sigreturn", "sched_getaffinity", "sched_yield", "set_robust_list", "sigaltstack",
+	"brk", "clock_gettime", "clock_nanosleep", "close", "exit", "exit_group", "futex", "getpid",
+	"getrandom", "gettid", "madvise", "mincore", "munmap", "nanosleep", "restart_syscall", "rseq",
+	"rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sched_getaffinity", "sched_yield",
+	"set_robust_list", "sigaltstack",
 	"epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_wait", "eventfd2", "pipe2", "poll", "ppoll",
 	"read", "write", "fcntl", "fstat",
 }
@@ -39,38 +40,41 @@ var serviceCalls = []string{"recvmmsg", "recvmsg", "sendmmsg", "sendmsg", "shutd
 
 // fileCalls are what requests do (package ops), and as whom.
 var fileCalls = []string{
-	"chdir", "fchdir", "fchmodat", "fchownat", "lgetxattr", "linkat", "llistxattr", "lremovexattr", "lsetxattr",
-	"mkdirat", "mknodat", "name_to_handle_at", "newfstatat", "openat", "readlinkat", "renameat", "renameat2", "statfs",
-	"symlinkat", "truncate", "unlinkat", "utimensat",
+	"chdir", "fchdir", "fchmodat", "fchownat", "lgetxattr", "linkat", "llistxattr", "lremovexattr",
+	"lsetxattr", "mkdirat", "mknodat", "name_to_handle_at", "newfstatat", "openat", "readlinkat",
+	"renameat", "renameat2", "statfs", "symlinkat", "truncate", "unlinkat", "utimensat",
 	"capset", "setresgid", "setresuid",
 }
 
 // startCalls are what it takes beside the above to start a process, to confine
 // a server, and to own a socket's name.
 var startCalls = []string{
-	"arch_prctl", "access", "capget", "chroot", "close_range", "dup", "dup3", "execve", "execveat", "faccessat", "faccessat2",
-	"fallocate", "ftruncate", "getcwd", "getdents64", "getegid", "geteuid", "getgid", "getppid", "getrlimit",
-	"getsockname", "getsockopt", "getuid", "lseek", "memfd_create", "mount", "mount_setattr", "move_mount", "mremap",
-	"open_tree", "openat2", "pidfd_open", "pidfd_send_signal", "pivot_root", "pread64", "prlimit64", "pwrite64", "seccomp",
-	"set_tid_address", "setgid", "setgroups", "setpgid", "setrlimit", "setsid", "sysinfo", "tgkill", "umask", "umount2", "uname",
-	"unshare", "kill", "wait4", "waitid",
-	"accept4", "bind", "connect", "flock", "inotify_add_watch", "inotify_init1", "inotify_rm_watch", "listen",
-	"sendto", "socket", "socketpair", "tkill",
+	"arch_prctl", "access", "capget", "chroot", "close_range", "dup", "dup3", "execve", "execveat",
+	"faccessat", "faccessat2", "fallocate", "ftruncate", "getcwd", "getdents64", "getegid",
+	"geteuid", "getgid", "getppid", "getrlimit", "getsockname", "getsockopt", "getuid", "lseek",
+	"memfd_create", "mount", "mount_setattr", "move_mount", "mremap", "open_tree", "openat2",
+	"pidfd_open", "pidfd_send_signal", "pivot_root", "pread64", "prlimit64", "pwrite64",
+	"seccomp", "set_tid_address", "setgid", "setgroups", "setpgid", "setrlimit", "setsid", "sysinfo", "tgkill",
+	"umask", "umount2", "uname", "unshare",
+	"kill", "wait4", "waitid",
+	"accept4", "bind", "connect", "flock", "inotify_add_watch", "inotify_init1", "inotify_rm_watch",
+	"listen", "sendto", "socket", "socketpair", "tkill",
 	"clone", "ioctl", "mmap", "mprotect", "prctl", "setsockopt",
 }
 
 // serverCalls is what a server may do once it is confined.
 func serverCalls(goarch string) ([]seccomp.SyscallGroup, error) {
-	return list(goarch, [][]string{runtimeCalls, serviceCalls, fileCalls}, []seccomp.NameWithConditions{
+	names := [][]string{runtimeCalls, serviceCalls, fileCalls}
+	return list(goarch, names, []seccomp.NameWithConditions{
 		// Threads, no processes.
-		only("clone", seccomp.Condition{Argument: 0, Operation: seccomp.BitsSet, Value: unix.CLONE_THREAD}),
+		only("clone", condition(0, seccomp.BitsSet, unix.CLONE_THREAD)),
 		// No memory becomes code.
-		only("mmap", seccomp.Condition{Argument: 2, Operation: seccomp.BitsNotSet, Value: unix.PROT_EXEC}),
-		only("mprotect", seccomp.Condition{Argument: 2, Operation: seccomp.BitsNotSet, Value: unix.PROT_EXEC}),
+		only("mmap", condition(2, seccomp.BitsNotSet, unix.PROT_EXEC)),
+		only("mprotect", condition(2, seccomp.BitsNotSet, unix.PROT_EXEC)),
 		// Signals to its own threads.
 		only("tgkill", equal(0, uint64(os.Getpid()))),
 		// FS_IOC_GETVERSION. The kernel looks at 32 bits alone.
-		only("ioctl", seccomp.Condition{Argument: 1, Operation: seccomp.Equal, Value: 0x80087601}),
+		only("ioctl", equal(1, 0x80087601)),
 		// Go names its memory; a thread of a turn sets its own slack.
 		only("prctl", equal(0, unix.PR_SET_VMA)),
 		only("prctl", equal(0, unix.PR_SET_TIMERSLACK)),
@@ -132,6 +136,10 @@ func only(name string, conditions ...seccomp.Condition) seccomp.NameWithConditio
 	return seccomp.NameWithConditions{Name: name, Conditions: conditions}
 }
 
+func condition(argument uint32, op seccomp.Operation, value uint64) seccomp.Condition {
+	return seccomp.Condition{Argument: argument, Operation: op, Value: value}
+}
+
 func equal(argument uint32, value uint64) seccomp.Condition {
-	return seccomp.Condition{Argument: argument, Operation: seccomp.Equal, Value: value}
+	return condition(argument, seccomp.Equal, value)
 }

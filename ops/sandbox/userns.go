@@ -102,8 +102,9 @@ func InsideIDs(uid, gid int) (insideUID, insideGID int, err error) {
 		gid = ownGID
 	}
 	if insideUID, insideGID, err = ids.ToContainer(uid, gid); err != nil {
-		return 0, 0, fmt.Errorf("--uid %d --gid %d: without root these must be your own, %d and %d, or from your ranges in /etc/subuid and /etc/subgid: "+
-			"leave them out", uid, gid, ownUID, ownGID)
+		return 0, 0, fmt.Errorf("--uid %d --gid %d: without root these must be your own, "+
+			"%d and %d, or from your ranges in /etc/subuid and /etc/subgid: leave them out",
+			uid, gid, ownUID, ownGID)
 	}
 	return insideUID, insideGID, nil
 }
@@ -134,7 +135,8 @@ func mapIDs(pid int, log *slog.Logger) error {
 		}
 	}
 	if reasons != nil {
-		log.Warn("files can be made for the guest's root alone, which is you: for others EPERM", "because", strings.Join(reasons, "; "))
+		log.Warn("files can be made for the guest's root alone, which is you: for others EPERM",
+			"because", strings.Join(reasons, "; "))
 	}
 	return nil
 }
@@ -153,7 +155,9 @@ func (k idKind) mapRanges(pid int) error {
 		return err
 	}
 	if len(ranges) == 0 {
-		return fmt.Errorf("%s has no range for %s: add the line %[2]s:100000:65536, with a start that nobody else has", k.ranges, own.Name)
+		return fmt.Errorf("%s has no range for %s: "+
+			"add the line %[2]s:100000:65536, with a start that nobody else has",
+			k.ranges, own.Name)
 	}
 	args := []string{strconv.Itoa(pid), "0", strconv.Itoa(k.own), "1"}
 	next := int64(1)
@@ -175,11 +179,13 @@ func (k idKind) mapRanges(pid int) error {
 // that nobody in the namespace can leave one.
 func (k idKind) mapOwn(pid int) error {
 	if k.kernelMap == "gid_map" {
-		if err := os.WriteFile(fmt.Sprintf("/proc/%d/setgroups", pid), []byte("deny"), 0); err != nil {
+		setgroups := fmt.Sprintf("/proc/%d/setgroups", pid)
+		if err := os.WriteFile(setgroups, []byte("deny"), 0); err != nil {
 			return err
 		}
 	}
-	return os.WriteFile(fmt.Sprintf("/proc/%d/%s", pid, k.kernelMap), fmt.Appendf(nil, "0 %d 1", k.own), 0)
+	kernelMap := fmt.Sprintf("/proc/%d/%s", pid, k.kernelMap)
+	return os.WriteFile(kernelMap, fmt.Appendf(nil, "0 %d 1", k.own), 0)
 }
 
 // keepsGroups tells that mapOwn has paid its price.
@@ -189,6 +195,8 @@ func keepsGroups() bool {
 }
 
 func needsUserNamespace(err error) error {
-	return fmt.Errorf("runs as uid %d and gets no user namespace to be root in: %w: start it with sudo or from a system service, or see what forbids it: "+
-		"the sysctls user.max_user_namespaces, kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns, a container", os.Geteuid(), err)
+	return fmt.Errorf("runs as uid %d and gets no user namespace to be root in: %w: "+
+		"start it with sudo or from a system service, or see what forbids it: "+
+		"the sysctls user.max_user_namespaces, kernel.unprivileged_userns_clone "+
+		"and kernel.apparmor_restrict_unprivileged_userns, a container", os.Geteuid(), err)
 }

@@ -100,7 +100,7 @@ func (r *rootless) owner(t *testing.T, path string) [2]uint32 {
 }
 
 func request(path string, id uint32) codec.Request {
-	return codec.Request{Path: helpertest.Path(path), Other: helpertest.Path("target"), UID: id, GID: id,
+	return codec.Request{Path: helpertest.Path(path), Target: helpertest.Path("target"), UID: id, GID: id,
 		Mode: 0o640 | unix.S_IFREG, Flags: unix.O_CREAT | unix.O_RDWR, Name: helpertest.Path("user.x")}
 }
 
@@ -130,7 +130,9 @@ func TestRootlessRange(t *testing.T) {
 			t.Parallel()
 			r := startRootless(t, withRange, "--sandbox="+sandbox)
 			c := helpertest.Dial(t, r.name)
-			owners := map[uint32]uint32{0: someone, 1: someRange, 1000: someRange + 999, 65534: someRange + 65533, 65536: someRange + 65535}
+			owners := map[uint32]uint32{
+				0: someone, 1: someRange, 1000: someRange + 999, 65534: someRange + 65533, 65536: someRange + 65535,
+			}
 			for id, host := range owners {
 				for _, name := range makeAll(t, c, id, 0) {
 					if got := r.owner(t, name); got != [2]uint32{host, host} {
@@ -182,9 +184,12 @@ func TestRootlessAlone(t *testing.T) {
 						t.Errorf("%s is there", name)
 					}
 				}
-				for _, ids := range [][2]uint32{{1000, 1000}, {0, 1000}, {1000, 0}, {1000, ^uint32(0)}, {^uint32(0), 24}} {
-					c.Want(unix.EPERM, codec.Chown, codec.Request{Path: helpertest.Path("/MKDIR.0"), UID: ids[0], GID: ids[1]})
-					c.Want(unix.EPERM, codec.Mkdir, codec.Request{Path: helpertest.Path("/d"), UID: ids[0] & 1023, GID: ids[1] & 1023})
+				const none = ^uint32(0)
+				for _, ids := range [][2]uint32{{1000, 1000}, {0, 1000}, {1000, 0}, {1000, none}, {none, 24}} {
+					q := codec.Request{Path: helpertest.Path("/MKDIR.0"), UID: ids[0], GID: ids[1]}
+					c.Want(unix.EPERM, codec.Chown, q)
+					q = codec.Request{Path: helpertest.Path("/d"), UID: ids[0] & 1023, GID: ids[1] & 1023}
+					c.Want(unix.EPERM, codec.Mkdir, q)
 				}
 				c.Want(unix.ENOENT, codec.Chown, request("/none", 1000))
 				c.Want(0, codec.Chown, request("/MKDIR.0", 0))
@@ -208,13 +213,16 @@ func TestRootlessStrangers(t *testing.T) {
 	c := helpertest.Dial(t, r.name)
 	const overflow = 65534 // kernel.overflowuid
 	if a := c.Want(0, codec.Lstat, request("/secret", 0)); len(a.Payload) < 36 ||
-		binary.NativeEndian.Uint32(a.Payload[28:]) != overflow || binary.NativeEndian.Uint32(a.Payload[32:]) != overflow {
+		binary.NativeEndian.Uint32(a.Payload[28:]) != overflow ||
+		binary.NativeEndian.Uint32(a.Payload[32:]) != overflow {
 		t.Errorf("a stranger's file is of %x", a.Payload)
 	}
 	c.Want(unix.EACCES, codec.Open, codec.Request{Path: helpertest.Path("/secret")})
 	c.Want(unix.EPERM, codec.Chmod, request("/secret", 0))
 	c.Want(unix.EPERM, codec.Chown, request("/secret", 0))
-	c.Want(unix.EPERM, codec.Mknod, codec.Request{Path: helpertest.Path("/dev"), Mode: unix.S_IFCHR | 0o600, Rdev: 0x103})
+	c.Want(unix.EPERM, codec.Mknod, codec.Request{
+		Path: helpertest.Path("/dev"), Mode: unix.S_IFCHR | 0o600, Rdev: 0x103,
+	})
 	c.Want(unix.EPERM, codec.Lsetxattr, codec.Request{Path: helpertest.Path("/"), Name: helpertest.Path("trusted.x")})
 	c.Want(0, codec.Remove, request("/secret", 0)) // it is someone's directory
 }
@@ -233,8 +241,10 @@ func TestRootlessThreads(t *testing.T) {
 				if got := threadCaps(t, st); got != want {
 					t.Errorf("%s: %x, want %x", st["Name"], got, want)
 				}
-				if st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" || st["Groups"] != groups || strings.Fields(st["Uid"])[0] != strconv.Itoa(someone) {
-					t.Errorf("%d: NoNewPrivs %s, Seccomp %s, groups %q, uid %s", pid, st["NoNewPrivs"], st["Seccomp"], st["Groups"], st["Uid"])
+				if st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" || st["Groups"] != groups ||
+					strings.Fields(st["Uid"])[0] != strconv.Itoa(someone) {
+					t.Errorf("%d: NoNewPrivs %s, Seccomp %s, groups %q, uid %s",
+						pid, st["NoNewPrivs"], st["Seccomp"], st["Groups"], st["Uid"])
 				}
 			}
 		}
@@ -383,8 +393,11 @@ func TestRootlessRefusals(t *testing.T) {
 		{withRange, helper("-p", secret, "-s", name), "permission denied"},
 		{withRange, helper("-s", name, "-u", "-1"), "not a user id"},
 		// Where the system lets nobody make user namespaces.
-		{noRange, append([]string{"unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c",
-			`echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --ambient-caps=-all --inh-caps=-all "$@"`, "sh"}, helper("-s", name)...), "user.max_user_namespaces"},
+		{noRange, append([]string{
+			"unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c",
+			`echo 0 >/proc/sys/user/max_user_namespaces && ` +
+				`exec setpriv --ambient-caps=-all --inh-caps=-all "$@"`, "sh",
+		}, helper("-s", name)...), "user.max_user_namespaces"},
 	} {
 		for _, mode := range []string{"-n", "--log-level=info"} {
 			status, out := helpertest.Run(t, asSomeone(t, c.ranges, append(c.args, mode)...))

@@ -26,7 +26,7 @@ const Hello Kind = 'v'
 
 // To the server.
 const (
-	Conn     Kind = 'c' // serve connection u32, with its descriptor
+	Conn     Kind = 'c' // serve connection u32, u64 in the log, with its descriptor
 	Stop     Kind = 's' // end all connections and leave
 	HandOver Kind = 'h' // give all connections back and leave
 	Ping     Kind = 'p' // let each loop count in pool/progress
@@ -135,6 +135,14 @@ func (c *Control) SendConn(k Kind, id uint32, fd, flags int) error {
 	return c.Send(k, binary.NativeEndian.AppendUint32(nil, id), oob, flags)
 }
 
+// SendNewConn gives the server a connection: its slot, its number in the log and
+// its descriptor.
+func (c *Control) SendNewConn(id uint32, number uint64, fd, flags int) error {
+	body := binary.NativeEndian.AppendUint32(nil, id)
+	body = binary.NativeEndian.AppendUint64(body, number)
+	return c.Send(Conn, body, unix.UnixRights(fd), flags)
+}
+
 // Message is one as it has come.
 type Message struct {
 	Kind Kind
@@ -144,10 +152,18 @@ type Message struct {
 
 // Conn returns the connection that the message is about.
 func (m Message) Conn() (id uint32, ok bool) {
-	if len(m.Body) != 4 {
+	if len(m.Body) != 4 && (m.Kind != Conn || len(m.Body) != 12) {
 		return 0, false
 	}
 	return binary.NativeEndian.Uint32(m.Body), true
+}
+
+// Number returns the number in the log of a connection that is to be served.
+func (m Message) Number() uint64 {
+	if len(m.Body) != 12 {
+		return 0
+	}
+	return binary.NativeEndian.Uint64(m.Body[4:])
 }
 
 // Recv returns a message; io.EOF when the other side has gone.
@@ -269,7 +285,9 @@ func (c *Control) AwaitReady(supervise func(violations *os.File)) error {
 // Serve is the server's side: it hands each connection to add, and calls ping
 // when asked to, until the supervisor asks for the end (nil), in one way or the
 // other, or is gone (io.EOF).
-func (c *Control) Serve(add func(fd int, id uint32), ping func()) (handOver bool, err error) {
+func (c *Control) Serve(
+	add func(fd int, id uint32, number uint64), ping func(),
+) (handOver bool, err error) {
 	for {
 		m, err := c.Recv()
 		if err != nil {
@@ -281,7 +299,7 @@ func (c *Control) Serve(add func(fd int, id uint32), ping func()) (handOver bool
 		case m.Kind == Ping:
 			ping()
 		case m.Kind == Conn && ok && m.FD >= 0:
-			add(m.FD, id)
+			add(m.FD, id, m.Number())
 		case m.Kind == Conn && ok:
 			// This process has as many descriptors as it may have.
 			if err := c.SendConn(NoRoom, id, -1, 0); err != nil {

@@ -65,15 +65,21 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		Control: theirs, Inflight: memory.file, Progress: sv.progressFile, Program: program,
 	}.Extra()
 	started := sv.newLoops(sv.number)
-	cmd.Stdout = sv.output()
-	cmd.Stderr = cmd.Stdout
+	pipes, err := sv.log.ServerPipes(cmd)
+	if err != nil {
+		control.Close()
+		memory.release()
+		return nil, err
+	}
 	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := sv.Sandbox.Start(cmd, sv.export); err != nil {
 		control.Close()
 		memory.release()
+		pipes.Close()
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
+	pipes.Read(cmd.Process.Pid)
 	theirs.Close()
 	supervise := func(violations *os.File) {
 		go sv.Sandbox.Supervise(violations, func(call string) { sv.onViolation(cmd.Process, call) })

@@ -3,7 +3,6 @@ package supervisor
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -13,10 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
+	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/logging"
 )
 
 // Name is the program's name in messages, in the log and as its own argument.
-const Name = "virtfs-proxy-helper"
+const Name = ipc.SupervisorName
 
 // roleEnv tells a process that this program has started which Role it has.
 const roleEnv = "VIRTFS_PROXY_HELPER_ROLE"
@@ -73,9 +74,9 @@ func (c *Config) Start(foreground bool) error {
 	}
 	if foreground {
 		return c.run(surroundings{
-			conn:   conn,
-			output: func() io.Writer { return os.Stderr },
-			ready:  func() error { return nil },
+			conn:  conn,
+			log:   logging.ToStderr(c.LogLevel, c.exportAttr()),
+			ready: func() error { return nil },
 		})
 	}
 	return detach(self(executable, RoleSupervisor), conn)
@@ -91,7 +92,9 @@ func (c *Config) startRootless(conn *os.File) error {
 		cmd.ExtraFiles[c.FD-3] = conn
 	}
 	tell := func(fd int) { cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", rootlessEnv, fd)) }
-	status, err := sandbox.RunRootless(cmd, tell, NewLog(c.Path, c.LogLevel, os.Stderr))
+	log := logging.ToStderr(c.LogLevel, c.exportAttr())
+	status, err := sandbox.RunRootless(cmd, tell, log.Logger)
+	log.Close()
 	if err == nil {
 		os.Exit(status)
 	}
@@ -117,16 +120,12 @@ func (c *Config) RunDetached() error {
 		unix.CloseOnExec(connFD)
 		conn = os.NewFile(connFD, "connection")
 	}
-	ready := false
 	err := c.run(surroundings{
-		conn:   conn,
-		output: syslogOutput(Name),
-		ready: func() error {
-			ready = true
-			return errors.Join(os.Chdir("/"), report.ready())
-		},
+		conn:  conn,
+		log:   logging.ToSyslog(Name, c.LogLevel, c.exportAttr()),
+		ready: func() error { return errors.Join(os.Chdir("/"), report.ready()) },
 	})
-	if err != nil && !ready {
+	if err != nil && !errors.As(err, &logging.Told{}) {
 		report.error(err)
 	}
 	return err
@@ -142,10 +141,17 @@ var executable, executableErr = os.Executable()
 // self returns a program as this one in the given role, with nothing of the
 // caller's environment.
 func self(program string, role Role) *exec.Cmd {
+	name := Name
+	if role != RoleCommand {
+		name += ": " + string(role) // as ps shows it
+	}
 	cmd := &exec.Cmd{
 		Path: program,
-		Args: append([]string{Name}, os.Args[1:]...),
+		Args: append([]string{name}, os.Args[1:]...),
 		Env:  []string{roleEnv + "=" + string(role)},
+	}
+	if role == RoleCommand {
+		cmd.Env = append(cmd.Env, logging.Environ()...)
 	}
 	if Rootless() {
 		cmd.Env = append(cmd.Env, rootlessEnv+"="+os.Getenv(rootlessEnv))
@@ -182,8 +188,11 @@ func checkConn(fd int) error {
 	return nil
 }
 
-// NewLog returns a log in slog's text format of the helper that serves path.
-func NewLog(path string, level slog.Level, out io.Writer) *slog.Logger {
-	return slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})).
-		With("export", filepath.Base(path))
+// exportAttr says in each line which export it is about.
+func (c *Config) exportAttr() slog.Attr {
+	path := c.Path
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
+	return slog.String("export", path)
 }

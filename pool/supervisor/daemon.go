@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/syslog"
 	"os"
 	"os/exec"
 	"syscall"
@@ -72,46 +71,4 @@ func (r *report) error(err error) error {
 func (r *report) send(msg []byte) error {
 	_, err := r.pipe.Write(msg)
 	return errors.Join(err, r.pipe.Close())
-}
-
-// syslogOutput connects to the system's log, once, and returns a function that
-// makes writers of it, one for each process that logs. They take log lines of
-// slog's text format, and give each its own priority. Without a system log
-// lines are lost.
-func syslogOutput(tag string) func() io.Writer {
-	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, tag)
-	if err != nil {
-		return func() io.Writer { return io.Discard }
-	}
-	return func() io.Writer { return &syslogWriter{log: w} }
-}
-
-type syslogWriter struct {
-	log  *syslog.Writer
-	part []byte // of a line whose end has not come
-}
-
-func (s *syslogWriter) Write(p []byte) (int, error) {
-	s.part = append(s.part, p...)
-	for {
-		line, rest, ok := bytes.Cut(s.part, []byte("\n"))
-		if !ok {
-			return len(p), nil
-		}
-		s.write(string(line))
-		s.part = rest
-	}
-}
-
-func (s *syslogWriter) write(line string) error {
-	for level, write := range map[string]func(string) error{
-		"level=DEBUG": s.log.Debug,
-		"level=INFO":  s.log.Info,
-		"level=WARN":  s.log.Warning,
-	} {
-		if bytes.Contains([]byte(line[:min(len(line), 80)]), []byte(level)) {
-			return write(line)
-		}
-	}
-	return s.log.Err(line) // errors, and whatever a dying server says
 }

@@ -75,9 +75,7 @@ func (sv *supervisor) onMoved(e moved) {
 	e.from.release()
 	switch {
 	case e.err != nil:
-		sv.log.Warn("connection not yet served: its slot can't be copied",
-			"connection", e.id, "error", e.err)
-		sv.retryAssign(e.id, c)
+		sv.retryAssign(e.id, c, "error", e.err)
 	case sv.current != nil && sv.current.memory == e.to:
 		c.memory.release()
 		c.memory = e.to.retain()

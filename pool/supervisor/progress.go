@@ -104,7 +104,7 @@ func (sv *supervisor) logLate(now int64) (busy bool) {
 			continue
 		}
 		log := func(level slog.Level, msg string, w progress.Work) {
-			sv.log.Log(context.Background(), level, msg, "connection", id,
+			sv.log.Log(context.Background(), level, msg, "connection", c.number,
 				"request", w.Type().String(), "age", w.Age(now).Round(tickTime/10))
 			lines++
 		}

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/logging"
 	"virtfs-proxy-helper/pool/progress"
 )
 
@@ -20,7 +21,8 @@ func withProgress(t *testing.T, n int) (sv *supervisor, server *progress.Memory,
 	}
 	defer f.Close()
 	log = &bytes.Buffer{}
-	sv = &supervisor{conns: make(map[uint32]*conn), log: slog.New(slog.NewTextHandler(log, nil))}
+	sv = &supervisor{conns: make(map[uint32]*conn)}
+	sv.log = &logging.Log{Logger: slog.New(slog.NewTextHandler(log, nil))}
 	if sv.progress, err = progress.Map(f); err != nil {
 		t.Fatal(err)
 	}

@@ -1,8 +1,6 @@
 package supervisor
 
 import (
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,98 +19,200 @@ const maxName = 107
 // socketMode is the socket's mode: its owner and group may connect.
 const socketMode = 0o660
 
+// How often the socket's names are looked at: while something is wrong with
+// them, and else, as not all that moves a directory causes an event.
+const (
+	retryNames = 200 * time.Millisecond
+	checkNames = 5 * time.Second
+)
+
+// settleTime is how long a name's directory is left alone that somebody is
+// removing or making again.
+const settleTime = 100 * time.Millisecond
+
 // socketName is a socket's name in the file system.
 //
 // QEMU unlinks the name once it is connected, and the next VM must find it
-// again. So the socket is bound to a private name beside it, ".NAME", and the
-// public name is a hard link to that: put back as often as it goes, without
-// ever binding again, so that no connection is refused in between.
+// again. So the socket is bound in a private directory beside it, ".NAME", and
+// the public name is a hard link to that: put back as often as it goes, without
+// ever binding again, so that no connection is refused in between. Only if the
+// private directory goes, or the one that both are in, it is bound anew.
 type socketName struct {
-	Listener int // listening, blocking
+	path     string // as the user said it
+	dirPath  string // the directory, absolute and without symbolic links
+	base     string // the name in that
+	inner    string // the name in the private directory
+	uid, gid int    // the socket's owner and group
 
-	dir           int    // the directory that both names are in
-	path          string // as the user said it
-	base, private string // the names in dir
-	ino           uint64 // of the socket
-	watch         *os.File
+	log *slog.Logger
+	// serve takes connections from a new listener until it is shut down, and
+	// closes it.
+	serve func(listener int)
+	// withCaps calls its argument with the capabilities to bind anew.
+	withCaps func(func() error) error
+	wake     chan struct{} // look at the names now
 
-	mu       sync.Mutex // of released, and of making and removing names
+	mu       sync.Mutex // of all below, and of making and removing names
+	bound    *binding
+	trouble  string // what was last logged to be wrong
 	released bool
 }
 
-// claimSocket binds the private name, listens, and makes sure that the public name
-// is free or what a dead process left. Nothing can connect before publish. It
+// binding is a listening socket with its names in one directory.
+type binding struct {
+	dir      int // owned
+	dirID    fileID
+	private  *privateDir // nil once its place has been taken by the next binding
+	listener int         // blocking; owned by socketName.serve if served
+	served   bool
+	id       fileID   // of the socket in the file system
+	watch    *os.File // inotify; nil before publish
+}
+
+// claimSocket binds the socket, listens, and makes sure that the public name is
+// free or what a dead process left. Nothing can connect before publish. It
 // removes dead sockets, never anything else.
-func claimSocket(path string, uid, gid int) (*socketName, error) {
+func claimSocket(
+	path string, uid, gid int, export *os.File, withCaps func(func() error) error,
+) (*socketName, error) {
 	if len(path) > maxName {
-		return nil, fmt.Errorf("--socket: name of %d bytes is too long for a socket, at most %d: %s", len(path), maxName, path)
+		return nil, fmt.Errorf("--socket: name of %d bytes is too long for a socket, at most %d: %s",
+			len(path), maxName, path)
 	}
-	n := &socketName{path: path, base: filepath.Base(path), Listener: -1}
+	n := &socketName{
+		path: path, base: filepath.Base(path), uid: uid, gid: gid,
+		withCaps: withCaps,
+		wake:     make(chan struct{}, 1),
+	}
 	if strings.HasSuffix(path, "/") || n.base == "." || n.base == ".." {
 		return nil, fmt.Errorf("--socket: %s names a directory, not a socket in one", path)
 	}
-	if n.private = "." + n.base; len(n.private) > 80 { // it must fit behind /proc/self/fd/N/
-		n.private = fmt.Sprintf(".%x", sha256.Sum256([]byte(n.base)))
+	n.inner = n.base[:min(len(n.base), 80)] // it must fit behind /proc/PID/fd/N/
+	dir, err := openDir(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("--socket: %w", err)
 	}
-	var err error
-	if n.dir, err = unix.Open(filepath.Dir(path), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-		return nil, &os.PathError{Op: "--socket: directory", Path: filepath.Dir(path), Err: err}
+	if err = checkOutside(path, dir, export); err == nil {
+		n.dirPath, err = filepath.EvalSymlinks(filepath.Dir(path))
 	}
-	if err := n.claim(uid, gid); err != nil {
-		n.release()
+	if err == nil {
+		n.dirPath, err = filepath.Abs(n.dirPath)
+	}
+	if err != nil {
+		unix.Close(dir)
+		return nil, fmt.Errorf("--socket: %w", err)
+	}
+	if n.bound, err = n.bind(dir); err != nil {
 		return nil, fmt.Errorf("--socket: %w", err)
 	}
 	return n, nil
 }
 
-// claim does claimSocket's work while no other process does it in this directory.
-func (n *socketName) claim(uid, gid int) error {
-	unlock, err := lockDir(n.dir)
-	if err != nil {
-		return fmt.Errorf("%s: lock the directory: %w", filepath.Dir(n.path), err)
+// bind claims the name in dir, binds a socket in its private directory and
+// listens. It owns dir.
+func (n *socketName) bind(dir int) (_ *binding, err error) {
+	b := &binding{dir: dir, listener: -1}
+	defer func() {
+		if err != nil {
+			b.remove(n)
+		}
+	}()
+	if b.dirID, err = idOf(dir, ""); err != nil {
+		return nil, err
 	}
-	defer unlock()
-	// The private name stands as long as its supervisor lives, so it is asked
-	// first: the public one may be missing just now.
-	for _, name := range []string{n.private, n.base} {
-		if err := n.clear(name); err != nil {
-			return err
+	if b.private, err = n.openPrivate(dir); errors.Is(err, errInUse) {
+		return nil, n.inUse(n.base)
+	} else if err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Dir(n.path), err)
+	}
+	// What a killed helper has left in the private directory, and nothing else:
+	// it may be any directory of this user that somebody has moved there.
+	names, err := b.private.names()
+	for _, name := range names {
+		if name != n.inner && name != aside {
+			return nil, fmt.Errorf("%s holds %s, which is not from this program: move it away",
+				n.in("."+n.base), name)
+		}
+		err = errors.Join(err, n.clear(b.private.fd, name, b.private))
+	}
+	if err != nil {
+		return nil, err
+	}
+	if n.bound == nil || !n.bound.id.is(dir, n.base) {
+		if err := n.clear(dir, n.base, b.private); err != nil {
+			return nil, err
 		}
 	}
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	return b, n.listen(b)
+}
+
+// openPrivate opens the private directory in dir. Older versions had a socket
+// of that name.
+func (n *socketName) openPrivate(dir int) (*privateDir, error) {
+	p, err := openPrivate(dir, "."+n.base)
+	if !errors.Is(err, unix.ENOTDIR) {
+		return p, err
+	}
+	tmp, err := tempPrivate(dir, n.base)
+	if err != nil {
+		return nil, err
+	}
+	err = n.clear(dir, "."+n.base, tmp)
+	tmp.remove()
+	if err != nil {
+		return nil, err
+	}
+	return openPrivate(dir, "."+n.base)
+}
+
+// listen makes the socket in the private directory of b.
+func (n *socketName) listen(b *binding) (err error) {
+	if b.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		return err
+	}
+	dir := b.private.fd
+	if err = unix.Bind(b.listener, fdAddr(dir, n.inner)); err == nil {
+		b.id, err = idOf(dir, n.inner)
+	}
+	if err != nil {
+		return &os.PathError{Op: "bind", Path: n.path, Err: err}
+	}
+	// By descriptor, once it is known what that is.
+	fd, err := unix.Openat(dir, n.inner, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	n.Listener = fd
-	umask := unix.Umask(0o777 &^ socketMode)
-	err = unix.Bind(fd, n.addr(n.private))
-	unix.Umask(umask)
-	if err != nil {
-		return &os.PathError{Op: "bind", Path: n.in(n.private), Err: err}
+	defer unix.Close(fd)
+	if b.id.kind != unix.S_IFSOCK || !b.id.is(fd, "") {
+		return fmt.Errorf("%s is exchanged in a directory that is this user's own", n.inner)
 	}
-	var st unix.Stat_t
 	err = errors.Join(
-		unix.Fchownat(n.dir, n.private, uid, gid, unix.AT_SYMLINK_NOFOLLOW),
-		unix.Fstatat(n.dir, n.private, &st, unix.AT_SYMLINK_NOFOLLOW),
-		unix.Listen(fd, 1024))
+		unix.Fchmodat(unix.AT_FDCWD, fdPath(fd), socketMode, 0),
+		unix.Fchownat(fd, "", n.uid, n.gid, unix.AT_EMPTY_PATH),
+		unix.Listen(b.listener, 1024))
 	if err != nil {
-		return &os.PathError{Op: fmt.Sprintf("give to %d:%d and listen", uid, gid), Path: n.in(n.private), Err: err}
+		op := fmt.Sprintf("give to %d:%d and listen", n.uid, n.gid)
+		return &os.PathError{Op: op, Path: n.path, Err: err}
 	}
-	n.ino = st.Ino
 	return nil
 }
 
-// clear removes what a dead process left at name. It finds out with a socket
-// of the wrong type: a live owner never notices.
-func (n *socketName) clear(name string) error {
-	var st unix.Stat_t
-	err := unix.Fstatat(n.dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	switch {
-	case err == unix.ENOENT:
+// clear removes what a dead process left at dir/name, by way of p. It finds out
+// with a socket of the wrong type: a live owner never notices.
+func (n *socketName) clear(dir int, name string, p *privateDir) error {
+	file, err := unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT {
 		return nil
-	case err != nil:
+	}
+	if err != nil {
+		return &os.PathError{Op: "open", Path: n.in(name), Err: err}
+	}
+	defer unix.Close(file)
+	id, err := idOf(file, "")
+	if err != nil {
 		return &os.PathError{Op: "stat", Path: n.in(name), Err: err}
-	case st.Mode&unix.S_IFMT != unix.S_IFSOCK:
+	}
+	if id.kind != unix.S_IFSOCK {
 		return fmt.Errorf("%s exists and is not a socket: remove it, or choose another name", n.in(name))
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
@@ -120,129 +220,241 @@ func (n *socketName) clear(name string) error {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.Connect(fd, n.addr(name)); err != unix.ECONNREFUSED {
-		return fmt.Errorf("%s is in use by a running process: stop that, or choose another name", n.in(name))
+	switch err := unix.Connect(fd, &unix.SockaddrUnix{Name: fdPath(file)}); err {
+	case unix.ECONNREFUSED:
+	case nil, unix.EPROTOTYPE:
+		return n.inUse(name)
+	default:
+		return &os.PathError{Op: "find out if a process has", Path: n.in(name), Err: err}
 	}
-	if err := unix.Unlinkat(n.dir, name, 0); err != nil {
+	if dir == p.fd {
+		err = unix.Unlinkat(dir, name, 0)
+	} else {
+		err = p.discard(dir, name, id)
+	}
+	if err != nil {
 		return &os.PathError{Op: "remove the dead socket", Path: n.in(name), Err: err}
 	}
 	return nil
 }
 
-// publish makes the public name, and makes it again whenever it goes.
-func (n *socketName) publish(log *slog.Logger) error {
+func (n *socketName) inUse(name string) error {
+	return fmt.Errorf("%s is %w: stop that, or choose another name", n.in(name), errInUse)
+}
+
+// publish makes the public name, gives serve the listener, and makes the names
+// again whenever they go.
+func (n *socketName) publish(log *slog.Logger, serve func(listener int)) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.log, n.serve = log, serve
+	if err := n.announce(n.bound); err != nil {
+		return fmt.Errorf("--socket: %w", err)
+	}
+	go n.keep()
+	return nil
+}
+
+// announce makes b's public name and begins to watch and to serve it.
+func (n *socketName) announce(b *binding) error {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
 		return fmt.Errorf("inotify: %w: see /proc/sys/fs/inotify/max_user_instances", err)
 	}
-	n.watch = os.NewFile(uintptr(fd), "inotify")
-	if _, err := unix.InotifyAddWatch(fd, fmt.Sprintf("/proc/self/fd/%d", n.dir), unix.IN_DELETE|unix.IN_MOVED_FROM); err != nil {
-		return fmt.Errorf("inotify: watch %s: %w: see /proc/sys/fs/inotify/max_user_watches", filepath.Dir(n.path), err)
+	b.watch = os.NewFile(uintptr(fd), "inotify")
+	const gone = unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF
+	for _, dir := range []int{b.dir, b.private.fd} {
+		if _, err := unix.InotifyAddWatch(fd, fdPath(dir), gone); err != nil {
+			return fmt.Errorf("inotify: watch %s: %w: see /proc/sys/fs/inotify/max_user_watches",
+				n.dirPath, err)
+		}
 	}
-	if err := n.link(); err != nil {
-		return fmt.Errorf("--socket: %w", err)
+	if err := n.link(b); err != nil {
+		return err
 	}
-	go n.putBack(log)
+	go n.await(b.watch)
+	b.served = true
+	go n.serve(b.listener)
 	return nil
 }
 
-func (n *socketName) link() error {
-	if err := unix.Linkat(n.dir, n.private, n.dir, n.base, 0); err != nil {
-		return &os.LinkError{Op: "link", Old: n.in(n.private), New: n.path, Err: err}
+// link makes b's public name, unless that is there.
+func (n *socketName) link(b *binding) error {
+	err := unix.Linkat(b.private.fd, n.inner, b.dir, n.base, 0)
+	switch {
+	case err == nil || b.id.is(b.dir, n.base):
+		return nil
+	case err == unix.EEXIST:
+		return fmt.Errorf("%s is taken by something else: remove that", n.path)
 	}
-	return nil
+	return &os.LinkError{Op: "link", Old: n.inner, New: n.path, Err: err}
 }
 
-// putBack links the public name again when it has been removed. Whatever else
-// somebody puts there stays.
-func (n *socketName) putBack(log *slog.Logger) {
+// await wakes keep by whatever happens in the directories that are watched. What
+// the events say does not matter.
+func (n *socketName) await(watch *os.File) {
 	events := make([]byte, 64*(unix.SizeofInotifyEvent+unix.NAME_MAX+1))
 	for {
-		size, err := n.watch.Read(events)
-		if err != nil {
-			return // release has closed it
+		if _, err := watch.Read(events); err != nil {
+			return // closed
 		}
-		if !n.concerned(events[:size]) {
-			continue
+		n.look()
+	}
+}
+
+// look makes the names again if they have gone. It does not wait for that.
+func (n *socketName) look() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// keep makes the names again when they have gone. Whatever else somebody puts
+// there stays.
+func (n *socketName) keep() {
+	for pause := checkNames; ; {
+		select {
+		case <-n.wake:
+		case <-time.After(pause):
+		}
+		n.mu.Lock()
+		whole := n.released || n.whole()
+		n.mu.Unlock()
+		if !whole {
+			time.Sleep(settleTime)
 		}
 		n.mu.Lock()
 		if n.released {
 			n.mu.Unlock()
 			return
 		}
-		err = n.link()
-		n.mu.Unlock()
-		if err != nil && !errors.Is(err, unix.EEXIST) {
-			log.Error("can't put the socket's name back: no new VM can connect", "error", err)
-		} else if err != nil && !n.ours(n.base) {
-			log.Error("the socket's name is taken by something else: no new VM can connect until it is removed", "socket", n.path)
+		pause = checkNames
+		if err := n.restore(); err != nil {
+			pause = retryNames
+			if n.trouble != err.Error() {
+				n.log.Error("can't put the socket's name back: no new VM can connect", "error", err)
+				n.trouble = err.Error()
+			}
+		} else if n.trouble != "" {
+			n.log.Info("the socket's name is back", "socket", n.path)
+			n.trouble = ""
 		}
+		n.mu.Unlock()
 	}
 }
 
-// concerned tells whether the public name may have gone: it is named, or the
-// kernel could not queue all events.
-func (n *socketName) concerned(events []byte) bool {
-	for len(events) >= unix.SizeofInotifyEvent {
-		mask := binary.NativeEndian.Uint32(events[4:])
-		end := unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(events[12:]))
-		name, _, _ := strings.Cut(string(events[unix.SizeofInotifyEvent:end]), "\x00")
-		if name == n.base || mask&unix.IN_Q_OVERFLOW != 0 {
-			return true
-		}
-		events = events[end:]
+// whole tells that all but the public name is where it should be.
+func (n *socketName) whole() bool {
+	b := n.bound
+	return b.private != nil && b.dirID.is(unix.AT_FDCWD, n.dirPath) &&
+		b.private.there() && b.id.is(b.private.fd, n.inner)
+}
+
+// restore makes again what is missing.
+func (n *socketName) restore() error {
+	switch b := n.bound; {
+	case !n.whole():
+		return n.bindAgain()
+	case b.id.is(b.dir, n.base):
+		return nil
+	default:
+		return n.link(b)
 	}
-	return false
+}
+
+// bindAgain replaces the binding by another one, in the directory that has the
+// path now. Clients that wait for the old one are accepted.
+func (n *socketName) bindAgain() error {
+	// No symbolic links: the path was without them at the start.
+	dir, err := unix.Openat2(unix.AT_FDCWD, n.dirPath, &unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return &os.PathError{Op: "open the directory", Path: n.dirPath, Err: err}
+	}
+	old := n.bound
+	here := old.dirID.is(dir, "")
+	if here && old.private != nil { // it may still have the name, and the lock
+		old.removePrivate(n)
+	}
+	var b *binding
+	err = n.withCaps(func() error {
+		b, err = n.bind(dir)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if here {
+		err = b.private.discard(dir, n.base, old.id)
+	}
+	if err == nil {
+		err = n.announce(b)
+	}
+	if err != nil {
+		b.remove(n)
+		return err
+	}
+	n.bound = b
+	old.remove(n)
+	n.log.Warn("the socket's names were removed: bound anew", "socket", n.path)
+	return nil
 }
 
 // release gives the names up; connections stay.
 func (n *socketName) release() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.released {
-		return
-	}
-	n.released = true
-	if n.watch != nil {
-		n.watch.Close()
-	}
-	if n.Listener >= 0 {
-		unix.Shutdown(n.Listener, unix.SHUT_RDWR) // ends accept
-		for _, name := range []string{n.base, n.private} {
-			if n.ours(name) {
-				unix.Unlinkat(n.dir, name, 0)
-			}
-		}
+	if !n.released {
+		n.released = true
+		n.bound.remove(n)
+		n.look() // ends keep
 	}
 }
 
-// ours tells whether name is this socket.
-func (n *socketName) ours(name string) bool {
-	var st unix.Stat_t
-	err := unix.Fstatat(n.dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	return err == nil && st.Ino == n.ino && st.Mode&unix.S_IFMT == unix.S_IFSOCK
+// remove removes the names, as far as they are still b's. New connections are
+// refused; serve still accepts those that wait, and closes the listener.
+func (b *binding) remove(n *socketName) {
+	if b.watch != nil {
+		b.watch.Close()
+	}
+	if b.served {
+		unix.Shutdown(b.listener, unix.SHUT_RDWR)
+	} else {
+		unix.Close(b.listener)
+	}
+	if b.private != nil {
+		if err := b.private.discard(b.dir, n.base, b.id); err != nil && n.log != nil {
+			n.log.Warn("the socket's name stays", "error", err)
+		}
+		b.removePrivate(n)
+	}
+	unix.Close(b.dir)
+}
+
+func (b *binding) removePrivate(n *socketName) {
+	if b.id.is(b.private.fd, n.inner) {
+		unix.Unlinkat(b.private.fd, n.inner, 0)
+	}
+	b.private.remove()
+	b.private = nil
 }
 
 func (n *socketName) in(name string) string { return filepath.Join(filepath.Dir(n.path), name) }
 
-// addr is the name's address: its path, which tools show, if that fits.
-func (n *socketName) addr(name string) *unix.SockaddrUnix {
-	path := n.in(name)
-	if len(path) > maxName {
-		path = fmt.Sprintf("/proc/self/fd/%d/%s", n.dir, name)
+// fdPath is a path to what a descriptor is of, whatever names that has. Its
+// number in /proc is this process' in other processes, too: so tools find the
+// socket by the name that it is bound to.
+func fdPath(fd int) string {
+	self, err := os.Readlink("/proc/self")
+	if err != nil {
+		self = "self"
 	}
-	return &unix.SockaddrUnix{Name: path}
+	return fmt.Sprintf("/proc/%s/fd/%d", self, fd)
 }
 
-// lockDir keeps other helpers from claiming names in dir for the moment.
-// Whoever may read the directory could hold the lock for good: the patience
-// is bounded.
-func lockDir(dir int) (unlock func(), err error) {
-	for range 100 {
-		if err = unix.Flock(dir, unix.LOCK_EX|unix.LOCK_NB); err != unix.EWOULDBLOCK && err != unix.EINTR {
-			break
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return func() { unix.Flock(dir, unix.LOCK_UN) }, err
+func fdAddr(dir int, name string) *unix.SockaddrUnix {
+	return &unix.SockaddrUnix{Name: fdPath(dir) + "/" + name}
 }

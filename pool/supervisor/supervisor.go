@@ -11,6 +11,8 @@
 //	child.go     a server as the supervisor sees it: started, watched, ended
 //	progress.go    what hangs: a request is logged, a server replaced
 //	socket.go     the socket's name: claimed, put back, given up
+//	pidfile.go    the pidfile: made, replaced, removed
+//	names.go      names in directories that others may write to
 //	ipc.go       the socket pair between supervisor and server
 //	daemon.go    detached from the caller, who is told how the start went
 package supervisor
@@ -18,7 +20,6 @@ package supervisor
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -28,6 +29,7 @@ import (
 
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/logging"
 	"virtfs-proxy-helper/pool/progress"
 )
 
@@ -68,13 +70,14 @@ type Config struct {
 	Once           bool // leave with the last connection of Socket
 	PIDFile        string
 	LogLevel       slog.Level
+	Version        string // of this program, for the log
 }
 
 // Supervisor's other inputs, which depend on how it was started.
 type surroundings struct {
-	conn   *os.File         // the only connection; nil with a Socket
-	output func() io.Writer // for what it logs and servers print
-	ready  func() error     // called when connections are taken
+	conn  *os.File     // the only connection; nil with a Socket
+	log   *logging.Log // run closes it
+	ready func() error // called when connections are taken
 }
 
 // supervisor is a Config that runs. All is done on one goroutine (loop); others
@@ -83,7 +86,6 @@ type supervisor struct {
 	Config
 	surroundings
 	export *os.File // the directory, O_PATH: each server gets the same one
-	log    *slog.Logger
 	name   *socketName
 	events chan any  // accepted, moved, childMessage, ended, started, overdue or retry
 	moves  chan move // for the mover; has room for all
@@ -93,6 +95,7 @@ type supervisor struct {
 	number       uint32   // of the last server that was started, for its records there
 
 	conns    map[uint32]*conn
+	numbered uint64        // connections so far
 	free     []uint32      // numbers
 	room     chan struct{} // a place for each connection that may come
 	servers  map[*server]bool
@@ -110,7 +113,9 @@ type supervisor struct {
 // conn is a connection. Its number is its slot in the in-flight memories.
 type conn struct {
 	fd     int
+	number uint64        // in the log, never used again
 	server *server       // that serves it; nil while none does
+	waited bool          // for a server that had no room for it
 	memory *memory       // of the last server that it was given to; nil before the first
 	moving bool          // the mover prepares its slot in another memory
 	late   progress.Work // that the log has told of
@@ -118,8 +123,11 @@ type conn struct {
 
 // Events.
 type (
-	accepted struct{ fd int }
-	moved    struct {
+	accepted struct {
+		fd   int
+		peer []any // for the log
+	}
+	moved struct {
 		move
 		err error
 	}
@@ -141,18 +149,28 @@ type (
 	retry   struct{ id uint32 }
 )
 
-// run keeps a server until a signal ends it, or the last connection does, and
-// logs the error that it ends with. An error before ready is one of starting.
+// run keeps a server until a signal ends it, or the last connection does. An
+// error before ready is the caller's to report; a later one is logged, and Told.
 func (c *Config) run(around surroundings) error {
-	log := NewLog(c.Path, c.LogLevel, around.output())
-	err := c.supervise(around, log)
-	if err != nil {
-		log.Error("the helper ends", "error", err)
+	defer around.log.Close()
+	ipc.NameProcess(ipc.SupervisorName)
+	started := false
+	ready := around.ready
+	around.ready = func() error {
+		err := ready()
+		started = err == nil
+		return err
+	}
+	err := c.supervise(around)
+	if err != nil && started {
+		around.log.Error("the helper ends", "error", err)
+		return logging.Told{Err: err}
 	}
 	return err
 }
 
-func (c *Config) supervise(around surroundings, log *slog.Logger) error {
+func (c *Config) supervise(around surroundings) error {
+	log := around.log
 	export, err := openExport(c.Path)
 	if err != nil {
 		return err
@@ -173,7 +191,6 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		Config:       *c,
 		surroundings: around,
 		export:       export,
-		log:          log,
 		events:       make(chan any),
 		conns:        make(map[uint32]*conn),
 		room:         make(chan struct{}, c.MaxConnections),
@@ -190,16 +207,18 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 		return err
 	}
 	if c.Socket != "" {
-		if sv.name, err = claimSocket(c.Socket, uid, gid); err != nil {
+		sv.name, err = claimSocket(c.Socket, uid, gid, export, c.Sandbox.WithCaps)
+		if err != nil {
 			return err
 		}
 		defer sv.name.release()
 	}
 	if c.PIDFile != "" {
-		if err := writePIDFile(c.PIDFile); err != nil {
+		file, err := writePIDFile(c.PIDFile, export)
+		if err != nil {
 			return err
 		}
-		defer os.Remove(c.PIDFile)
+		defer file.remove(log.Logger)
 	}
 	if sv.program, err = openProgram("/proc/self/exe"); err != nil {
 		return err
@@ -214,10 +233,9 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 	defer sv.killServers() // whatever the reason, none is left
 	go sv.move()
 	if sv.name != nil {
-		if err := sv.name.publish(log); err != nil {
+		if err := sv.name.publish(log.Logger, sv.accept); err != nil {
 			return err
 		}
-		go sv.accept()
 	} else {
 		sv.room <- struct{}{}
 		fd, err := unix.FcntlInt(sv.conn.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -225,12 +243,24 @@ func (c *Config) supervise(around surroundings, log *slog.Logger) error {
 			return err
 		}
 		sv.conn.Close()
-		sv.add(fd)
+		sv.add(fd, peerAttrs(fd))
 	}
 	if err := sv.ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
 	}
+	sv.logStart()
 	return sv.loop(signals)
+}
+
+// logStart says once what is served, and how.
+func (sv *supervisor) logStart() {
+	where := []any{"socket", sv.Socket, "max_connections", sv.MaxConnections}
+	if sv.name == nil {
+		where = []any{"fd", sv.FD}
+	}
+	sv.log.Info("started", append([]any{"version", sv.Version, "workers", sv.Workers,
+		"sandbox", string(sv.Sandbox.Sandbox), "seccomp", string(sv.Sandbox.Seccomp),
+		"readonly", sv.Sandbox.ReadOnly, "rootless", Rootless()}, where...)...)
 }
 
 func (sv *supervisor) loop(signals <-chan os.Signal) error {
@@ -246,6 +276,9 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 				sv.log.Info("renewing: all connections go to a server from the program that is on disk now")
 				sv.renew = true
 				sv.start(0)
+				if sv.name != nil {
+					sv.name.look()
+				}
 			default:
 				sv.log.Info("stopping: requests in work are answered", "signal", sig.String())
 				sv.stop()
@@ -274,7 +307,7 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
-		sv.add(e.fd)
+		sv.add(e.fd, e.peer)
 	case moved:
 		sv.onMoved(e)
 	case childMessage:
@@ -293,13 +326,14 @@ func (sv *supervisor) handle(event any) {
 }
 
 // add takes a connection that room has been made for.
-func (sv *supervisor) add(fd int) {
+func (sv *supervisor) add(fd int, peer []any) {
 	id := sv.free[len(sv.free)-1]
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
-	c := &conn{fd: fd}
+	sv.numbered++
+	c := &conn{fd: fd, number: sv.numbered}
 	sv.conns[id] = c
-	sv.log.Info("client connected", "connection", id)
+	sv.log.Info("client connected", append([]any{"connection", c.number}, peer...)...)
 	sv.assign(id, c)
 }
 
@@ -317,15 +351,20 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 	c.server, c.late = sv.current, progress.Work{}
 	sv.progress.Conn(id).End() // what the last server has left there
 	// A server that is gone is noticed in time. The loop waits for none.
-	err := c.server.control.SendConn(ipc.Conn, id, c.fd, unix.MSG_DONTWAIT)
+	err := c.server.control.SendNewConn(id, c.number, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
-		sv.log.Warn("connection not yet served", "connection", id, "error", err)
-		sv.retryAssign(id, c)
+		sv.retryAssign(id, c, "error", err)
 	}
 }
 
-func (sv *supervisor) retryAssign(id uint32, c *conn) {
+// retryAssign gives a connection to the server some time later, which is logged
+// once for each connection.
+func (sv *supervisor) retryAssign(id uint32, c *conn, because ...any) {
 	c.server = nil
+	if !c.waited {
+		c.waited = true
+		sv.log.Warn("connection not yet served", append(because, "connection", c.number)...)
+	}
 	time.AfterFunc(noRoomPause, func() { sv.events <- retry{id} })
 }
 
@@ -346,12 +385,11 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 		c.memory.release()
 		unix.Close(c.fd)
 		<-sv.room
-		sv.log.Info("client left", "connection", id)
+		sv.log.Info("client left", "connection", c.number)
 	case ipc.Returned:
 		sv.assign(id, c)
 	case ipc.NoRoom:
-		sv.log.Warn("the server has no descriptor left for a connection", "connection", id)
-		sv.retryAssign(id, c)
+		sv.retryAssign(id, c, "error", "the server has no descriptor left for it")
 	}
 }
 
@@ -494,31 +532,42 @@ func (sv *supervisor) killServers() {
 	}
 }
 
-// accept takes connections until the listener is shut down. Beyond
-// MaxConnections clients wait in the backlog, and so they do while there is no
-// descriptor or memory for them.
-func (sv *supervisor) accept() {
+// accept takes connections until the listener is shut down, which it closes
+// then. Beyond MaxConnections clients wait in the backlog, and so they do while
+// there is no descriptor or memory for them.
+func (sv *supervisor) accept(listener int) {
+	defer unix.Close(listener)
+	var told error // of what accept4 says now
 	for {
+		// No place is taken before a client is there: another listener's may wait.
+		fds := []unix.PollFd{{Fd: int32(listener), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err == unix.EINTR {
+			continue
+		}
 		select {
 		case sv.room <- struct{}{}:
 		default:
-			sv.log.Warn("as many connections as --max-connections allows: more wait until one leaves", "connections", sv.MaxConnections)
+			sv.log.Warn("as many connections as --max-connections allows: more wait until one leaves",
+				"connections", sv.MaxConnections)
 			sv.room <- struct{}{}
 		}
-		for {
-			fd, _, err := unix.Accept4(sv.name.Listener, unix.SOCK_CLOEXEC)
-			if err == nil {
-				sv.events <- accepted{fd}
-				break
-			}
-			switch err {
-			case unix.EINVAL: // release has shut the listener down
-				return
-			case unix.EINTR, unix.ECONNABORTED:
-			default:
+		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		if err == nil {
+			told = nil
+			sv.events <- accepted{fd, peerAttrs(fd)}
+			continue
+		}
+		<-sv.room
+		switch err {
+		case unix.EINVAL: // shut down, and no client waits any more
+			return
+		case unix.EINTR, unix.ECONNABORTED:
+		default:
+			if err != told {
+				told = err
 				sv.log.Warn("can't accept a connection yet", "error", err)
-				time.Sleep(noRoomPause)
 			}
+			time.Sleep(noRoomPause)
 		}
 	}
 }
@@ -531,16 +580,4 @@ func openProgram(path string) (*os.File, error) {
 		return nil, &os.PathError{Op: "open the program", Path: path, Err: err}
 	}
 	return os.NewFile(uintptr(fd), path), nil
-}
-
-func writePIDFile(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o644)
-	if err != nil {
-		return fmt.Errorf("--pidfile: %w", err)
-	}
-	_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
-	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("--pidfile: %w", err)
-	}
-	return nil
 }
