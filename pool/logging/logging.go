@@ -54,7 +54,9 @@ type sink interface {
 }
 
 // ToStderr returns a log of lines on stderr, each with these attributes.
-func ToStderr(level slog.Level, attrs ...slog.Attr) *Log { return newLog(level, newStderr(), attrs) }
+func ToStderr(level slog.Level, attrs ...slog.Attr) *Log {
+	return newLog(level, newStderr(), attrs)
+}
 
 // ToSyslog returns a log of lines in the system's log, under the name tag.
 func ToSyslog(tag string, level slog.Level, attrs ...slog.Attr) *Log {
@@ -75,7 +77,8 @@ func newLog(level slog.Level, to sink, attrs []slog.Attr) *Log {
 	h := newHandler(w.put, text)
 	w.told = func(n uint64) line {
 		var b bytes.Buffer
-		text(&b).Handle(context.Background(), slog.NewRecord(time.Now(), slog.LevelWarn, fmt.Sprintf("%d lines dropped", n), 0))
+		r := slog.NewRecord(time.Now(), slog.LevelWarn, fmt.Sprintf("%d lines dropped", n), 0)
+		text(&b).Handle(context.Background(), r)
 		return line{slog.LevelWarn, b.Bytes()}
 	}
 	l := &Log{Logger: slog.New(h), handler: h, writer: w}

@@ -162,7 +162,8 @@ func TestServerRecords(t *testing.T) {
 	}
 	p := &ServerPipes{log: l, records: records, output: output}
 	p.Read(42)
-	fmt.Fprint(w, "Ihello connection=3\n", "Eforged\n", "\n\n", "Dnot asked for\n", "\xffwhat\x1b[2J\n", "I\" level=ERROR msg=\"\r\n", "W")
+	fmt.Fprint(w, "Ihello connection=3\n", "Eforged\n", "\n\n", "Dnot asked for\n",
+		"\xffwhat\x1b[2J\n", "I\" level=ERROR msg=\"\r\n", "W")
 	w.Write(bytes.Repeat([]byte("x"), 10<<20))
 	fmt.Fprint(w, "\nIafter it\n", "Ino end")
 	w.Close()

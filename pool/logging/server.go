@@ -58,8 +58,10 @@ func FlushServer(log *slog.Logger) {
 type recordPipe struct{ dropped atomic.Uint64 }
 
 func (p *recordPipe) put(level slog.Level, text []byte) {
-	if n := p.dropped.Swap(0); n > 0 && !writeRecord(slog.LevelWarn, fmt.Appendf(nil, "%d lines dropped\n", n)) {
-		p.dropped.Add(n)
+	if n := p.dropped.Swap(0); n > 0 {
+		if !writeRecord(slog.LevelWarn, fmt.Appendf(nil, "%d lines dropped\n", n)) {
+			p.dropped.Add(n)
+		}
 	}
 	if len(text) > 0 && !writeRecord(level, text) {
 		p.dropped.Add(1)
@@ -116,7 +118,8 @@ func newRecordHandler(w io.Writer, level slog.Level) recordHandler {
 	return recordHandler{slog.NewTextHandler(b, &slog.HandlerOptions{
 		Level: level,
 		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-			if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey) {
+			if len(groups) == 0 &&
+				(a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey) {
 				return slog.Attr{}
 			}
 			return a

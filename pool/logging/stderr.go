@@ -34,7 +34,8 @@ func newStderr() *stderr {
 // isJournal tells that what is written to fd goes to the journal.
 func isJournal(fd int) bool {
 	var st unix.Stat_t
-	return unix.Fstat(fd, &st) == nil && os.Getenv(journalEnv) == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+	return unix.Fstat(fd, &st) == nil &&
+		os.Getenv(journalEnv) == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
 }
 
 // Environ is what a process that gets this one's stderr needs of its environment.
@@ -70,7 +71,8 @@ func (s *stderr) write(level slog.Level, line []byte) error {
 		switch {
 		case err == unix.EINTR:
 		case err == unix.EAGAIN: // the caller, or another of its processes, wants it so
-			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, -1); err != nil && err != unix.EINTR {
+			fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}
+			if _, err := unix.Poll(fds, -1); err != nil && err != unix.EINTR {
 				return err
 			}
 		case err != nil:

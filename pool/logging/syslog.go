@@ -15,7 +15,6 @@ const (
 	facilityDaemon = 3 << 3
 	// syslogTime bounds a write to a system log that does not read.
 	syslogTime = time.Second
-	syslogTag  = 256 // bytes of a line's beginning, at most
 )
 
 // syslog writes lines to the system's log, as syslog(3) does. The connection is
@@ -33,8 +32,8 @@ func (s *syslog) options(o *slog.HandlerOptions) { o.ReplaceAttr = withoutTime }
 func (s *syslog) retries() time.Duration { return time.Second }
 
 func (s *syslog) write(level slog.Level, line []byte) error {
-	msg := fmt.Appendf(make([]byte, 0, len(line)+syslogTag), "<%d>%s %s[%d]: %s",
-		facilityDaemon|severity(level), time.Now().Format(time.Stamp), s.tag, os.Getpid(), line[:len(line)-1])
+	priority, now := facilityDaemon|severity(level), time.Now().Format(time.Stamp)
+	msg := fmt.Appendf(nil, "<%d>%s %s[%d]: %s", priority, now, s.tag, os.Getpid(), line[:len(line)-1])
 	var err error
 	for range 2 { // the second time on a new connection
 		if s.conn == nil {

@@ -8,6 +8,7 @@
 //
 //	supervisor.go  the supervisor's life: connections and servers come and go
 //	memory.go      in-flight memories: a slot goes from one server's to the next
+//	peer.go      the process at the other end of a connection, for the log
 //	child.go     a server as the supervisor sees it: started, watched, ended
 //	progress.go    what hangs: a request is logged, a server replaced
 //	socket.go     the socket's name: claimed, put back, given up
