@@ -13,6 +13,7 @@ import (
 	"virtfs-proxy-helper/codec"
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // conn is a connection. It rests in an epoll loop, or has a turn on a thread;
@@ -25,7 +26,8 @@ type conn struct {
 	fd   int
 	slot *inflight.Slot // what has been received and is in work
 
-	number uint64 // in the log, never used again
+	progress *progress.Conn // since when something is in work, for the supervisor
+	number   uint64         // in the log, never used again
 
 	recovered bool // what another server has left is done
 	told      bool // why it is closed is logged
@@ -150,6 +152,7 @@ func (c *conn) serveFrames() outcome {
 			return idle
 		}
 		c.slot.Begin()
+		c.progress.Begin(t)
 		c.do(t, payload)
 		if end := c.answer(t, len(payload), 0); end != idle {
 			return end
@@ -174,12 +177,14 @@ func (c *conn) do(t codec.Type, payload []byte) {
 func (c *conn) answer(t codec.Type, size, sent int) outcome {
 	call := &c.turn.call
 	c.answering()
+	c.progress.Answering()
+	defer c.progress.End()
 	errno := c.slot.Send(c.fd, call.Out, sent, call.FD)
 	if call.FD >= 0 {
 		unix.Close(call.FD)
 		// The kernel may be out of room for descriptors under way, which
 		// is an answer, too.
-		if errno != 0 && errno != unix.EPIPE && errno != unix.ECONNRESET {
+		if errno != 0 && errno != unix.EPIPE && errno != unix.ECONNRESET && sent == 0 {
 			call.Out = codec.AppendErrno(call.Out[:0], t, errno)
 			errno = c.slot.Send(c.fd, call.Out, 0, -1)
 		}
@@ -207,6 +212,7 @@ func (c *conn) recover() outcome {
 	if !ok {
 		return idle
 	}
+	c.progress.Begin(w.Type)
 	c.turn.request.Set(w.Payload)
 	again := w.Tries == 0 && ops.Repeatable(w.Type, c.turn.request.B)
 	c.log().Warn("a server has died over a request", "request", w.Type.String(), "again", again)
@@ -217,6 +223,7 @@ func (c *conn) recover() outcome {
 		call.Out, call.FD = codec.AppendErrno(call.Out[:0], w.Type, unix.EIO), -1
 	}
 	if w.Sent > 0 && len(call.Out) != w.Total {
+		c.progress.End()
 		c.told = true
 		c.log().Error("connection closed: half of an answer was sent", "request", w.Type.String())
 		return peerClosed

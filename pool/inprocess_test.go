@@ -22,6 +22,7 @@ import (
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // These tests run the server within a test process of their own (ownProcess),
@@ -38,7 +39,7 @@ const slots = 64
 var host = sync.OnceValue(func() (h struct {
 	fs      *ops.FS
 	file    *os.File // of the in-flight memory
-	journal *inflight.Memory
+	memory  pool.Memories
 	threads *os.File // /proc/self/task
 }) {
 	check := func(err error) {
@@ -68,8 +69,13 @@ var host = sync.OnceValue(func() (h struct {
 	check(err)
 	h.file, err = inflight.Create(slots)
 	check(err)
-	h.journal, err = inflight.Map(h.file)
+	h.memory.Inflight, err = inflight.Map(h.file)
 	check(err)
+	file, err := progress.Create(slots)
+	check(err)
+	h.memory.Progress, err = progress.Map(file)
+	check(err)
+	check(file.Close())
 	return h
 })
 
@@ -86,7 +92,7 @@ func newInProcess(tb testing.TB) *inProcess {
 	tb.Helper()
 	s := &inProcess{ended: map[uint32]bool{}}
 	var err error
-	s.Server, err = pool.NewServer(host().fs, host().journal, slots, func(id uint32, ended bool) {
+	s.Server, err = pool.NewServer(host().fs, host().memory, slots, func(id uint32, ended bool) {
 		s.mu.Lock()
 		s.ended[id] = ended
 		s.mu.Unlock()

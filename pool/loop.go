@@ -12,6 +12,8 @@ import (
 	"github.com/panjf2000/gnet/v2/pkg/netpoll"
 	"github.com/panjf2000/gnet/v2/pkg/queue"
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // stuckAfter is how long a request may take on a loop before another thread
@@ -33,6 +35,11 @@ const waitTakes = 4 * time.Microsecond
 type loop struct {
 	srv    *Server
 	poller *netpoll.Poller
+	// pingFD is an eventfd in the poller. It is level-triggered, unlike the
+	// poller's own: a leader that hangs with it in its list takes nothing from the
+	// next one.
+	pingFD   int
+	progress *progress.Loop
 
 	// Under Server.mu:
 	resting  map[int]*conn // in the poller, by descriptor
@@ -66,13 +73,20 @@ func (g gnetLog) Errorf(format string, a ...any) {
 }
 func (g gnetLog) Fatalf(format string, a ...any) { panic(fmt.Sprintf(format, a...)) }
 
-func newLoop(s *Server) (*loop, error) {
+func newLoop(s *Server, record *progress.Loop) (*loop, error) {
 	glogging.SetDefaultLoggerAndFlusher(gnetLog{s.log}, nil)
 	p, err := netpoll.OpenPoller()
 	if err != nil {
 		return nil, fmt.Errorf("epoll loop: %w", err)
 	}
-	l := &loop{srv: s, poller: p, resting: make(map[int]*conn)}
+	l := &loop{srv: s, poller: p, resting: make(map[int]*conn), progress: record}
+	if l.pingFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	if err := p.AddRead(&netpoll.PollAttachment{FD: l.pingFD}, false); err != nil {
+		return nil, fmt.Errorf("epoll loop: %w", err)
+	}
+	record.Moved() // it is there
 	l.lead()
 	return l, nil
 }
@@ -91,6 +105,7 @@ func (l *loop) lead() {
 			panic(fmt.Sprintf("epoll loop: %v", err)) // the supervisor starts another server
 		case l.led(me):
 			l.poller.Close()
+			unix.Close(l.pingFD)
 		}
 	}()
 }
@@ -127,8 +142,14 @@ func (l *loop) unrest(c *conn) {
 // has left.
 func (l *loop) wake(me *leader, fd int) error {
 	s := l.srv
-	s.mu.Lock()
+	s.mu.Lock() // also for a ping: a loop that can't have it serves nothing
 	defer s.mu.Unlock()
+	if fd == l.pingFD {
+		var count [8]byte
+		unix.Read(fd, count[:])
+		l.progress.Moved()
+		return nil
+	}
 	c := l.resting[fd]
 	if c == nil {
 		return nil

@@ -3,7 +3,6 @@ package pool
 import (
 	"fmt"
 	"log/slog"
-	"os"
 	"os/signal"
 	"time"
 
@@ -14,6 +13,7 @@ import (
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
 	"virtfs-proxy-helper/pool/logging"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // Config is what a server process is to do. The supervisor sends it.
@@ -30,8 +30,13 @@ type Config struct {
 func Run() error {
 	// They are the supervisor's; systemd sends them to all processes of a service.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
-	control, memory, err := ipc.Inherited()
+	control, err := ipc.InheritedControl()
 	if err != nil {
+		return err
+	}
+	number, err := control.AwaitHello()
+	if err != nil {
+		control.SendError(err)
 		return err
 	}
 	cfg := &Config{}
@@ -46,7 +51,7 @@ func Run() error {
 	}
 	ipc.NameProcess(ipc.ServerName)
 	gone := newOutbox(func(n goneConn) error { return control.SendGone(n.id, n.ended) })
-	server, err := cfg.enter(control, memory, gone, log)
+	server, err := cfg.enter(control, number, gone, log)
 	if err != nil {
 		control.SendError(err)
 		return logging.Told{Err: err}
@@ -60,7 +65,7 @@ func Run() error {
 			log.Error("connection refused", "connection", number, "error", err)
 		}
 		return err
-	})
+	}, func() { server.Ping() })
 	switch {
 	case err != nil:
 		log.Error("the supervisor died: serving on until the last client has left", "error", err)
@@ -71,9 +76,8 @@ func Run() error {
 		select {
 		case <-server.Drain():
 		case <-time.After(ipc.StopTime):
-			err := fmt.Errorf("stopped with %d connections in work", server.Serving())
-			log.Error("the server ends", "error", err)
-			return logging.Told{Err: err}
+			log.Warn("stopped with connections that were not answered",
+				"connections", server.Serving())
 		}
 	}
 	gone.flush()
@@ -82,9 +86,16 @@ func Run() error {
 
 // enter sandboxes this process and returns what serves its connections.
 func (cfg *Config) enter(
-	control *ipc.Control, memory *os.File, gone *outbox[goneConn], log *slog.Logger,
+	control *ipc.Control, number uint32, gone *outbox[goneConn], log *slog.Logger,
 ) (*Server, error) {
+	memory, shared := ipc.Inherited()
+	defer memory.Close()
+	defer shared.Close()
 	j, err := inflight.Map(memory)
+	if err != nil {
+		return nil, err
+	}
+	p, err := progress.Map(shared)
 	if err != nil {
 		return nil, err
 	}
@@ -105,6 +116,6 @@ func (cfg *Config) enter(
 	if err != nil {
 		return nil, err
 	}
-	tell := func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }
-	return NewServer(fs, j, cfg.Workers, tell, log)
+	closed := func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }
+	return NewServer(fs, Memories{j, p, number}, cfg.Workers, closed, log)
 }

@@ -1,6 +1,9 @@
 package pool_test
 
 import (
+	"bytes"
+	"encoding/binary"
+	"errors"
 	"os"
 	"os/exec"
 	"testing"
@@ -14,10 +17,13 @@ import (
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // startServer starts a server as its supervisor, which the test is.
-func startServer(t *testing.T, role string, config any) (*exec.Cmd, *ipc.Control) {
+// startServer starts a server as the supervisor would that says hello, or nothing,
+// and config.
+func startServer(t *testing.T, hello []byte, config any) (*exec.Cmd, *ipc.Control) {
 	t.Helper()
 	control, theirs, err := ipc.New()
 	if err != nil {
@@ -25,6 +31,10 @@ func startServer(t *testing.T, role string, config any) (*exec.Cmd, *ipc.Control
 	}
 	t.Cleanup(func() { control.Close() })
 	memory, err := inflight.Create(4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shared, err := progress.Create(4)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,12 +46,16 @@ func startServer(t *testing.T, role string, config any) (*exec.Cmd, *ipc.Control
 		return os.NewFile(uintptr(fd), path)
 	}
 	program, root := open(helpertest.Ours(t)), open(export(t))
-	if err := control.SendConfig(config); err != nil {
+	if hello != nil {
+		err = control.Send(ipc.Hello, hello, nil, 0)
+	}
+	if err := errors.Join(err, control.SendConfig(config)); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program.Name())
-	cmd.Env, cmd.Stderr = []string{"VIRTFS_PROXY_HELPER_ROLE=" + role}, os.Stderr
-	cmd.ExtraFiles = append(ipc.Files{Control: theirs, Inflight: memory, Program: program}.Extra(), root)
+	cmd.Env, cmd.Stderr = []string{"VIRTFS_PROXY_HELPER_ROLE=server"}, os.Stderr
+	files := ipc.Files{Control: theirs, Inflight: memory, Progress: shared, Program: program}
+	cmd.ExtraFiles = append(files.Extra(), root)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +83,8 @@ func config() pool.Config {
 // The supervisor is told of a connection that the server can't take, and the
 // server goes on with others.
 func TestRefusedByTheServer(t *testing.T) {
-	cmd, control := startServer(t, "server/"+ipc.Version, config())
+	cmd, control := startServer(t, helloOne, config())
+	recv(t, control, ipc.Hello)
 	recv(t, control, ipc.Ready)
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -102,19 +117,25 @@ func TestRefusedByTheServer(t *testing.T) {
 	}
 }
 
+// helloOne is the hello to server number 1.
+var helloOne = binary.NativeEndian.AppendUint32([]byte{ipc.Version}, 1)
+
 // A server of another version, or without its configuration, says so instead of
 // serving.
 func TestNoServer(t *testing.T) {
 	for name, c := range map[string]struct {
-		role   string
+		hello  []byte
 		config any
 	}{
-		"older supervisor": {"server", config()},
-		"newer supervisor": {"server/999", config()},
-		"no configuration": {"server/" + ipc.Version, "x"},
+		"older supervisor": {nil, config()},
+		"newer supervisor": {[]byte{ipc.Version + 1, 0, 0, 0, 0}, config()},
+		"no configuration": {helloOne, "x"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cmd, control := startServer(t, c.role, c.config)
+			cmd, control := startServer(t, c.hello, c.config)
+			if bytes.Equal(c.hello, helloOne) {
+				recv(t, control, ipc.Hello)
+			}
 			if m := recv(t, control, ipc.Error); len(m.Body) == 0 {
 				t.Error("says nothing")
 			}

@@ -7,7 +7,8 @@
 //	stay.go      the one place that decides where a connection spends its time
 //	monitor.go   what the Go runtime costs when little is asked
 //	workers.go   the bound of requests in the file system at once
-//	journal/     what is in work, in memory that outlives the server
+//	inflight/    what is in work, in memory that outlives the server
+//	progress/    how far servers are, for the supervisor
 //	supervisor/      the process outside the export: the socket's name, the daemon
 //
 // # The way of a request
@@ -51,6 +52,7 @@ import (
 
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // maxIdleThreads are kept for turns to come. A thread takes some 60 KiB, which an
@@ -61,6 +63,7 @@ const maxIdleThreads = 8
 type Server struct {
 	fs       *ops.FS
 	inflight *inflight.Memory
+	progress *progress.Memory
 	log      *slog.Logger
 	workers  *Workers
 	crowd    *crowd
@@ -80,13 +83,23 @@ type Server struct {
 	empty    chan struct{} // closed when draining or handing over, and nothing is served
 }
 
+// Memories are what a server shares with the supervisor.
+type Memories struct {
+	Inflight *inflight.Memory
+	Progress *progress.Memory
+	Server   uint32 // the server's number in Progress
+}
+
 // NewServer returns a server of fs that has at most n requests in the file
 // system at once. gone is called when it has closed a connection: ended, or as
 // it is, for another server to go on with. It must not wait.
-func NewServer(fs *ops.FS, j *inflight.Memory, n int, gone func(id uint32, ended bool), log *slog.Logger) (*Server, error) {
+func NewServer(
+	fs *ops.FS, m Memories, n int, gone func(id uint32, ended bool), log *slog.Logger,
+) (*Server, error) {
 	s := &Server{
 		fs:       fs,
-		inflight: j,
+		inflight: m.Inflight,
+		progress: m.Progress,
 		log:      log,
 		workers:  NewWorkers(n),
 		crowd:    newCrowd(n),
@@ -98,8 +111,10 @@ func NewServer(fs *ops.FS, j *inflight.Memory, n int, gone func(id uint32, ended
 	if s.handoverFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	for range max(1, runtime.NumCPU()/2) { // the other CPUs are the clients'
-		l, err := newLoop(s)
+	records := m.Progress.Loops(m.Server)
+	loops := max(1, runtime.NumCPU()/2) // the other CPUs are the clients'
+	for i := range min(loops, len(records)) {
+		l, err := newLoop(s, &records[i])
 		if err != nil {
 			return nil, err
 		}
@@ -121,10 +136,12 @@ func (s *Server) Close() error {
 // What another server has left of it is in its slot of the in-flight memory,
 // which is id. number is what the log calls it.
 func (s *Server) Add(fd int, id uint32, number uint64) error {
-	c := &conn{srv: s, id: id, number: number, fd: fd, slot: s.inflight.Slot(id), loop: s.loops[int(id)%len(s.loops)], pace: newPace()}
-	if c.slot == nil {
+	c := &conn{srv: s, id: id, number: number, fd: fd, pace: newPace(),
+		loop: s.loops[int(id)%len(s.loops)],
+		slot: s.inflight.Slot(id), progress: s.progress.Conn(id)}
+	if c.slot == nil || c.progress == nil {
 		c.close(true)
-		return fmt.Errorf("no slot %d in the in-flight memory", id)
+		return fmt.Errorf("no memory for connection %d", id)
 	}
 	if err := prepare(fd); err != nil {
 		c.close(true)
@@ -227,6 +244,13 @@ func (s *Server) serving() int {
 		n += len(l.resting)
 	}
 	return n
+}
+
+// Ping makes each loop count that it has come round.
+func (s *Server) Ping() {
+	for _, l := range s.loops {
+		unix.Write(l.pingFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	}
 }
 
 // Drain ends all connections: what their clients have sent is answered, what

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -369,5 +371,57 @@ func TestRenewedWhileStuck(t *testing.T) {
 		}
 		waits.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/b")})
 		helpertest.Eventually(t, "one server", func() bool { return len(h.Servers()) == 1 })
+	})
+}
+
+// mappings returns the inodes of the memories of a name that a process has
+// mapped.
+func mappings(t *testing.T, pid int, name string) (inodes []string) {
+	t.Helper()
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(maps)) {
+		if f := strings.Fields(line); len(f) > 5 && f[5] == "/memfd:"+name && !slices.Contains(inodes, f[4]) {
+			inodes = append(inodes, f[4])
+		}
+	}
+	return inodes
+}
+
+// Each server has in-flight memory of its own, and the supervisor closes that of
+// servers that have ended.
+func TestOwnMemory(t *testing.T) {
+	p, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
+	c := helpertest.Dial(t, name)
+	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	var seen []string
+	for i := range 4 {
+		server := p.Server()
+		inodes := mappings(t, server, "inflight")
+		if len(inodes) != 1 || slices.Contains(seen, inodes[0]) {
+			t.Errorf("server %d maps %v, those before it %v", i, inodes, seen)
+		}
+		seen = append(seen, inodes...)
+		if i%2 == 0 {
+			unix.Kill(server, unix.SIGKILL)
+		} else {
+			unix.Kill(p.PID, unix.SIGHUP)
+		}
+		helpertest.Eventually(t, "another server", func() bool {
+			pids := helpertest.Children(p.PID)
+			return len(pids) == 1 && pids[0] != server
+		})
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+	}
+	helpertest.Eventually(t, "the supervisor has one memory", func() bool {
+		n := 0
+		for _, to := range helpertest.FDs(t, p.PID) {
+			if strings.HasPrefix(to, "/memfd:inflight") {
+				n++
+			}
+		}
+		return n == 1
 	})
 }

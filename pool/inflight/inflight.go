@@ -2,9 +2,10 @@
 // the server: when a server dies, by kill -9 at any instruction, the next one
 // finds every byte that the client has sent and knows whether it was answered.
 //
-// The memory is a memfd that the supervisor makes and every server maps. It has a
-// slot for each connection: a page of records and the inbox, where the socket's
-// bytes are received to.
+// Each server has a memory of its own, a memfd that the supervisor makes and that
+// server alone maps. It has a head, and a slot for each connection: a page of
+// records and the inbox, where the socket's bytes are received to. When a
+// connection goes from one server to the next, the supervisor copies its slot.
 //
 // # How nothing is lost and nothing answered twice
 //
@@ -19,11 +20,16 @@
 //
 // # Trust
 //
-// The supervisor makes and clears slots, and reads nothing of them. A server
-// believes what it finds only after [Slot.Recover] has checked it.
+// The supervisor makes, clears and copies slots, and interprets nothing of them.
+// It copies a slot once, when the last server is dead or has given the connection
+// back, and before the next one has it: what the last one writes afterwards
+// reaches no other. So what a server's own system calls follow, which are the
+// structures in a slot, nothing but that server writes; and what it finds there
+// when it gets a connection it uses after [Slot.Recover] has checked it.
 package inflight
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -33,6 +39,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/ipc"
 )
 
 const (
@@ -44,58 +51,107 @@ const (
 
 	slotSize = (headSize + inboxSize + pageSize - 1) &^ (pageSize - 1)
 
+	// slotsAt is the offset of slot 0: the memory's head takes a page.
+	slotsAt = pageSize
+
 	// chunk is what is received at once, in bytes, unless a frame is known to
 	// be longer; small is what then fits in two pages.
 	chunk = 4096
 	small = 2*pageSize - headSize
 )
 
-// Create returns the memory of n slots, all of them empty. It takes pages
-// where slots are used, and can't change its size any more.
+// magic begins a memory, followed by ipc.Version as a u32.
+const magic = "virtfs proxy in flight\x00\x00"
+
+// Create returns the memory of n slots, all of them empty, for one server. It
+// takes pages where slots are used, and can't change its size any more.
 func Create(n int) (*os.File, error) {
-	fd, err := unix.MemfdCreate("journal", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	fd, err := unix.MemfdCreate("inflight", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
-		return nil, fmt.Errorf("journal: memfd_create: %w", err)
+		return nil, fmt.Errorf("in-flight memory: memfd_create: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), "journal")
-	err = unix.Ftruncate(fd, int64(n)*slotSize)
+	f := os.NewFile(uintptr(fd), "inflight")
+	err = unix.Ftruncate(fd, offset(uint32(n)))
 	if err == nil {
-		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+		_, err = f.WriteAt(binary.NativeEndian.AppendUint32([]byte(magic), ipc.Version), 0)
+	}
+	if err == nil {
+		const seals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals)
 	}
 	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("journal: %w", err)
+		return nil, fmt.Errorf("in-flight memory: %w", err)
 	}
 	return f, nil
 }
 
+func offset(slot uint32) int64 { return slotsAt + int64(slot)*slotSize }
+
 // Clear empties a slot that no server uses, and gives its memory back.
 func Clear(f *os.File, slot uint32) error {
-	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(slot)*slotSize, slotSize)
+	const hole = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	return unix.Fallocate(int(f.Fd()), hole, offset(slot), slotSize)
+}
+
+// Copy makes a slot that no server uses what it is in another memory, whose
+// server may be writing to it.
+func Copy(to, from *os.File, slot uint32) error {
+	if err := Clear(to, slot); err != nil {
+		return err
+	}
+	var buf [4 * pageSize]byte
+	for at, end := offset(slot), offset(slot)+slotSize; at < end; {
+		data, err := from.Seek(at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) || err == nil && data >= end {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		b := buf[:min(int64(len(buf)), end-data)]
+		if _, err := from.ReadAt(b, data); err != nil {
+			return err
+		}
+		if _, err := to.WriteAt(b, data); err != nil {
+			return err
+		}
+		at = data + int64(len(b))
+	}
+	return nil
 }
 
 // Memory is the memory as a server sees it.
 type Memory struct{ mem []byte }
 
-// Map maps the memory that Create has made, for the life of the process.
+// Map maps the memory that Create has made, for the life of the process. A
+// memory of another version is an ipc.VersionError.
 func Map(f *os.File) (*Memory, error) {
 	st, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("journal: %w", err)
+		return nil, fmt.Errorf("in-flight memory: %w", err)
 	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	head := make([]byte, len(magic)+4)
+	if _, err := f.ReadAt(head, 0); err != nil || string(head[:len(magic)]) != magic {
+		return nil, fmt.Errorf("in-flight memory: %w", &ipc.VersionError{})
+	}
+	if v := binary.NativeEndian.Uint32(head[len(magic):]); v != ipc.Version {
+		return nil, fmt.Errorf("in-flight memory: %w", &ipc.VersionError{Other: byte(v)})
+	}
+	const access = unix.PROT_READ | unix.PROT_WRITE
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), access, unix.MAP_SHARED)
 	if err != nil {
-		return nil, fmt.Errorf("journal: mmap: %w", err)
+		return nil, fmt.Errorf("in-flight memory: mmap: %w", err)
 	}
 	return &Memory{mem}, nil
 }
 
 // Slot returns a slot; nil if there is none of that number.
 func (j *Memory) Slot(n uint32) *Slot {
-	if uint64(n) >= uint64(len(j.mem)/slotSize) {
+	if uint64(n) >= uint64((len(j.mem)-slotsAt)/slotSize) {
 		return nil
 	}
-	b := j.mem[int(n)*slotSize:][:slotSize:slotSize]
+	b := j.mem[offset(n):][:slotSize:slotSize]
 	s := &Slot{mem: b, head: (*head)(unsafe.Pointer(unsafe.SliceData(b))), inbox: b[headSize : headSize+inboxSize]}
 	s.prepare()
 	return s
@@ -278,7 +334,7 @@ func (s *Slot) Send(fd int, b []byte, sent, passed int) unix.Errno {
 		h.control.fd = int32(passed)
 		m.hdr.control, m.hdr.controllen = address(&h.control), uint64(unix.CmsgSpace(4))
 	}
-	if sent != 0 {
+	if m.count.total() != uint32(sent) {
 		m.count.set(uint32(sent))
 	}
 	atomic.StoreUint32(&h.phase, uint32(len(b)))
@@ -330,40 +386,49 @@ var errDamaged = errors.New("the in-flight memory of the connection is damaged")
 
 // Recover returns what the last server had in work when it died, if anything:
 // begun, and not wholly answered. It is to be answered, and Done.
+//
+// Any word may hold anything. The words that matter are read once, checked, and
+// set so that all that follows finds a state that Receive, Frame, Begin, Send
+// and Done leave themselves. Each store keeps what the words mean: this server
+// may die here, too.
 func (s *Slot) Recover() (Work, bool, error) {
 	h := s.head
-	if h.cur > 1 {
+	was := *h
+	if was.cur > 1 {
 		return Work{}, false, errDamaged
 	}
-	m := &h.rx[h.cur]
-	phase := h.phase
-	if phase != idle {
-		m.start = h.frame
+	rx := &was.rx[was.cur]
+	start, end := rx.start, uint64(rx.count.base)+uint64(rx.count.len)
+	if was.phase != idle {
+		start = was.frame
 	}
-	end := uint64(m.count.base) + uint64(m.count.len)
 	switch {
-	case end > inboxSize || m.start > inboxSize:
+	case end > inboxSize || start > inboxSize:
 		return Work{}, false, errDamaged
-	case uint64(m.start) > end: // died in room
-		m.count.set(0)
-		m.start = 0
+	case uint64(start) > end: // died in room
+		start, end = 0, 0
 	}
+	m := &h.rx[was.cur]
+	m.count.set(uint32(end)) // first: an end below the start is empty
+	m.start = start
 	s.grown = true
-	if phase == idle {
+	if was.phase == idle {
 		return Work{}, false, nil
 	}
 	t, payload, ok, err := s.Frame()
-	if !ok || err != nil || phase > codec.MaxFrame {
+	if !ok || err != nil || was.phase > codec.MaxFrame {
 		return Work{}, false, errDamaged
 	}
-	w := Work{Type: t, Payload: payload, Tries: int(h.tries)}
-	if phase != begun {
-		w.Total, w.Sent = int(phase), int(h.tx.count.total())
+	w := Work{Type: t, Payload: payload, Tries: int(was.tries)}
+	if was.phase != begun {
+		sent := uint64(was.tx.count.base) + uint64(was.tx.count.len)
+		if sent > uint64(was.phase) {
+			return Work{}, false, errDamaged
+		}
+		w.Total, w.Sent = int(was.phase), int(sent)
 	}
-	if w.Sent > w.Total {
-		return Work{}, false, errDamaged
-	}
-	if phase != begun && w.Sent == w.Total {
+	h.tx.count.set(uint32(w.Sent))
+	if was.phase != begun && w.Sent == w.Total {
 		s.Done(len(payload))
 		return Work{}, false, nil
 	}

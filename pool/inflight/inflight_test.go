@@ -2,8 +2,12 @@ package inflight
 
 import (
 	"bytes"
+	"encoding/binary"
+	"fmt"
 	"os"
+	"slices"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -225,37 +229,178 @@ func TestFramesThroughTheInbox(t *testing.T) {
 	}
 }
 
-// What a server finds in memory that something has scribbled on ends the
-// connection at most.
-func TestDamagedJournal(t *testing.T) {
-	for _, scribble := range []func(h *head){
-		func(h *head) { h.cur = 7 },
-		func(h *head) { h.rx[0].count = counter{len: 1 << 31, base: 1 << 31} },
-		func(h *head) { h.rx[0].count = counter{base: inboxSize + 1} },
-		func(h *head) { h.rx[0].start = 1 << 30 },
-		func(h *head) { h.phase, h.frame = 1, 1<<31 },
-		func(h *head) { h.phase = 1 << 20 },
-		func(h *head) { h.phase = begun }, // over nothing
-		func(h *head) { h.phase, h.tx.count.len = 100, 200 },
-	} {
-		file, s, _, _ := pair(t)
-		scribble(s.head)
-		s = next(t, file)
-		if w, ok, err := s.Recover(); err == nil && (ok || s.Pending() != 0) {
-			t.Errorf("recovered %+v, %d pending", w, s.Pending())
+// damage writes words over a slot's head: word n of the head becomes value.
+func damage(h *head, words []uint32) {
+	all := unsafe.Slice((*uint32)(unsafe.Pointer(h)), unsafe.Sizeof(*h)/4)
+	copy(all, words)
+}
+
+// words returns the head of a slot as damage writes it.
+func words(scribble func(h *head)) []uint32 {
+	var h head
+	scribble(&h)
+	return slices.Clone(unsafe.Slice((*uint32)(unsafe.Pointer(&h)), unsafe.Sizeof(h)/4))
+}
+
+// damages are heads that ended a server, or would have.
+func damages() [][]uint32 {
+	frame := uint32(len(lstat("/\x00")))
+	received := func(h *head) { h.rx[0].count = counter{base: 3 * frame} }
+	return [][]uint32{
+		words(func(h *head) {}),
+		words(received),
+		words(func(h *head) { h.cur = 7 }),
+		words(func(h *head) { h.cur = 1; received(h) }),
+		words(func(h *head) { h.rx[0].count = counter{len: 1 << 31, base: 1 << 31} }),
+		words(func(h *head) { h.rx[0].count = counter{base: inboxSize + 1} }),
+		words(func(h *head) { h.rx[0].count = counter{base: inboxSize} }),
+		words(func(h *head) { h.rx[0].start = 1 << 30 }),
+		words(func(h *head) { received(h); h.rx[0].start = 1 }),
+		words(func(h *head) { h.phase, h.frame = begun, 1<<31 }),
+		words(func(h *head) { h.phase = 1 << 20 }),
+		words(func(h *head) { h.phase = begun }), // over nothing
+		words(func(h *head) { h.phase, h.tx.count.len = 100, 200 }),
+		words(func(h *head) { received(h); h.phase, h.tx.count.base = begun, 5 }),
+		words(func(h *head) { received(h); h.phase, h.tx.count = begun, counter{1 << 31, 1 << 31} }),
+		words(func(h *head) { received(h); h.phase, h.tx.count = 100, counter{1 << 31, 1 << 31} }),
+		words(func(h *head) { received(h); h.phase, h.tx.count = 100, counter{len: 99} }),
+		words(func(h *head) { received(h); h.phase, h.tries = begun, 1<<32-1 }),
+		words(func(h *head) { received(h); h.tx.count = counter{1 << 31, 1<<31 + 5} }),
+		words(func(h *head) {
+			received(h)
+			h.rx[0].hdr, h.rx[0].iov.len = msghdr{name: 1, namelen: 9, iovlen: 99, control: 1, controllen: 9}, 1<<40
+			h.tx.hdr, h.tx.iov.base, h.tx.iov.len = h.rx[0].hdr, 1, 1<<40
+		}),
+	}
+}
+
+// serveDamaged is what a server does with a slot whose head and inbox hold
+// anything, and then with a client that sends frames and reads the answers.
+func serveDamaged(t *testing.T, headWords []uint32, inbox []byte) {
+	_, s, fd, client := pair(t)
+	damage(s.head, headWords)
+	copy(s.inbox, inbox)
+	guard := s.mem[headSize+inboxSize:]
+	for i := range guard {
+		guard[i] = 0xa5
+	}
+	s.prepare() // as Memory.Slot has done it before
+	answer := bytes.Repeat([]byte("0123456789"), codec.MaxFrame/10+1)
+	send := func(size, b []byte, sent int) {
+		t.Helper()
+		if errno := s.Send(fd, b, sent, -1); errno != 0 {
+			t.Fatal(errno)
+		}
+		got := make([]byte, len(b)+1)
+		n := 0
+		for n < len(b)-sent {
+			m, err := unix.Read(client, got[n:])
+			if err != nil {
+				t.Fatal(err)
+			}
+			n += m
+		}
+		if !bytes.Equal(got[:n], b[sent:]) {
+			t.Fatalf("the client gets %d bytes, not those from %d of %d on", n, sent, len(b))
+		}
+		s.Done(len(size))
+	}
+	w, ok, err := s.Recover()
+	if err != nil {
+		return // the connection ends
+	}
+	if ok {
+		size := w.Total
+		if size == 0 {
+			size = 20
+		}
+		send(w.Payload, answer[:size], w.Sent)
+	}
+	unix.SetNonblock(client, true)
+	good := lstat("/next\x00")
+	for served := 0; served < 40; {
+		_, payload, ok, err := s.Frame()
+		if err != nil {
+			return
+		}
+		if ok {
+			s.Begin()
+			send(payload, answer[:len(payload)%len(answer)+1], 0)
+			served++
+			continue
+		}
+		if n := s.Pending(); n < 0 || n > codec.MaxFrame {
+			t.Fatalf("%d bytes pending of a frame", n)
+		}
+		if _, err := unix.Write(client, good); err != nil {
+			t.Fatal(err)
+		}
+		if n, errno := s.Receive(fd, unix.MSG_DONTWAIT); n <= 0 || errno != 0 {
+			t.Fatalf("received %d, %v", n, errno)
+		}
+		served++
+	}
+	for i, b := range guard {
+		if b != 0xa5 {
+			t.Fatalf("byte %d behind the inbox is written", i)
 		}
 	}
+}
+
+func framesInbox() []byte { return bytes.Repeat(lstat("/\x00"), inboxSize/len(lstat("/\x00"))) }
+
+// What a server finds in memory that something has scribbled on ends the
+// connection at most, however far the server goes on with it.
+func TestDamagedMemory(t *testing.T) {
+	for i, d := range damages() {
+		t.Run(fmt.Sprint(i), func(t *testing.T) { serveDamaged(t, d, framesInbox()) })
+	}
+	// Each word of a slot that was in use, one after the other.
+	good := words(func(h *head) {
+		h.rx[0].count = counter{base: 3 * uint32(len(lstat("/\x00")))}
+		h.phase = 30
+	})
+	values := []uint32{
+		0, 1, 2, 5, 29, 30, 31, codec.MaxFrame, codec.MaxFrame + 1, inboxSize, inboxSize + 1, 1 << 31, 1<<32 - 1,
+	}
+	for n := range good {
+		t.Run(fmt.Sprint("word ", n), func(t *testing.T) {
+			for _, value := range values {
+				d := slices.Clone(good)
+				d[n] = value
+				t.Run(fmt.Sprint(value), func(t *testing.T) { serveDamaged(t, d, framesInbox()[:3000]) })
+			}
+		})
+	}
+}
+
+// FuzzDamagedMemory does the same with any words. Only the low bits of most
+// make a state that Recover accepts.
+func FuzzDamagedMemory(f *testing.F) {
+	bytesOf := func(w []uint32) []byte {
+		return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(w))), 4*len(w))
+	}
+	for _, d := range damages() {
+		f.Add(bytesOf(d), framesInbox()[:300])
+	}
+	f.Fuzz(func(t *testing.T, headBytes, inbox []byte) {
+		d := make([]uint32, len(headBytes)/4)
+		for i := range d {
+			d[i] = binary.NativeEndian.Uint32(headBytes[4*i:])
+		}
+		serveDamaged(t, d, inbox)
+	})
 }
 
 // Memory is taken for what is used and given back.
 func TestMemory(t *testing.T) {
 	file, s, fd, client := pair(t)
-	used := func() int64 {
+	used := func() int64 { // beside the memory's head
 		var st unix.Stat_t
 		if err := unix.Fstat(int(file.Fd()), &st); err != nil {
 			t.Fatal(err)
 		}
-		return st.Blocks * 512
+		return st.Blocks*512 - slotsAt
 	}
 	if n := used(); n > pageSize {
 		t.Errorf("empty slots take %d bytes", n)
@@ -288,4 +433,46 @@ func TestMemory(t *testing.T) {
 	if err := unix.Ftruncate(int(file.Fd()), 0); err == nil {
 		t.Error("a server can shrink the in-flight memory under others")
 	}
+}
+
+// A slot that was copied has what it had, and what is written to the old memory
+// later does not reach it.
+func TestCopy(t *testing.T) {
+	file, s, fd, client := pair(t)
+	first := lstat("/first\x00")
+	write(t, client, first)
+	receive(t, s, fd, len(first))
+	s.Begin()
+	s.inbox[inboxSize-1] = 0x5a // in the last page
+	to, err := Create(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	dirty := next(t, to)
+	for i := range dirty.mem {
+		dirty.mem[i] = 0xff // of a connection before
+	}
+	if err := Copy(to, file, 1); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(to.Fd()), &st); err != nil || st.Blocks*512 > 10*pageSize {
+		t.Errorf("%v, the copy takes %d bytes", err, st.Blocks*512)
+	}
+	for i := range s.mem { // by a hostile server
+		s.mem[i] = 0xff
+	}
+	s = next(t, to)
+	if b := s.inbox[len(first) : inboxSize-1]; len(bytes.Trim(b, "\x00")) != 0 || s.inbox[inboxSize-1] != 0x5a {
+		t.Error("the copy of the inbox is not what it was")
+	}
+	w, ok, err := s.Recover()
+	if !ok || err != nil || w.Type != codec.Lstat || !bytes.Equal(w.Payload, first[codec.HeaderSize:]) {
+		t.Errorf("recovered %+v, %v, %v", w, ok, err)
+	}
+	s.Done(len(w.Payload))
+	write(t, client, first)
+	receive(t, s, fd, len(first))
+	wantFrame(t, s, first)
 }

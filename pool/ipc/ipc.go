@@ -17,7 +17,6 @@ import (
 // Version is that of the messages, of the descriptors and of the memory that a
 // server is started with. A program serves for a supervisor of its own version
 // only.
-const Version = "2"
 
 // Control is one end of the socket pair (SOCK_SEQPACKET) between the supervisor
 // and a server. Each message is its kind and what follows.
@@ -26,12 +25,17 @@ type Control struct{ file *os.File }
 // Kind is what a message says.
 type Kind byte
 
+// Hello is the first message in each direction: Version in a byte. A supervisor
+// adds the server's number u32.
+const Hello Kind = 'v'
+
 // To the server.
 const (
-	Config   Kind = 'C' // the first message: what to serve, in JSON
+	Config   Kind = 'C' // the second message: what to serve, in JSON
 	Conn     Kind = 'c' // serve connection u32, u64 in the log, with its descriptor
 	Stop     Kind = 's' // end all connections and leave
 	HandOver Kind = 'h' // give all connections back and leave
+	Ping     Kind = 'p' // let each loop count in pool/progress
 )
 
 // To the supervisor, which has a table of what a server may say when.
@@ -58,7 +62,8 @@ const StopTime = 10 * time.Second
 // on. The exported directory comes behind them: sandbox.Config.Start adds it.
 type Files struct {
 	Control  *os.File // the server's end of the socket pair
-	Inflight *os.File // the memory of requests in flight
+	Inflight *os.File // the server's own memory of requests in flight
+	Progress *os.File // the memory of pool/progress, the same for all servers
 	Program  *os.File // O_PATH, what the server is started from
 }
 
@@ -66,35 +71,28 @@ type Files struct {
 const (
 	controlFD = 3 + iota
 	inflightFD
+	progressFD
 	ProgramFD
 	ExportFD
 )
 
 // Extra returns the files for exec.Cmd.ExtraFiles.
-func (f Files) Extra() []*os.File { return []*os.File{f.Control, f.Inflight, f.Program} }
+func (f Files) Extra() []*os.File {
+	return []*os.File{f.Control, f.Inflight, f.Progress, f.Program}
+}
 
-// Inherited returns what this process, a server, was started with, and fails in
-// a process that no supervisor has started. The program is closed: nobody needs
+// Inherited returns the memories that this process, a server, was started with,
+// where AwaitHello has found this Version. The program is closed: nothing needs
 // it any more.
-func Inherited() (control *Control, inflight *os.File, err error) {
-	if control, err = inheritedControl(); err != nil {
-		return nil, nil, err
-	}
+func Inherited() (inflight, progress *os.File) {
 	unix.Close(ProgramFD)
-	return control, inherited(inflightFD, "inflight"), nil
+	return inherited(inflightFD, "inflight"), inherited(progressFD, "progress")
 }
 
-// Refuse tells the supervisor, should one have started this process, why that
-// is no server.
-func Refuse(why error) {
-	if control, err := inheritedControl(); err == nil {
-		control.SendError(why)
-	}
-}
-
-// inheritedControl returns the end of a socket pair that the parent of this
-// process has made, as the same user.
-func inheritedControl() (*Control, error) {
+// InheritedControl returns the end of the socket pair that this process, a
+// server, was started with: its parent has made it, as the same user. It fails in
+// a process that no supervisor has started.
+func InheritedControl() (*Control, error) {
 	kind, err := unix.GetsockoptInt(controlFD, unix.SOL_SOCKET, unix.SO_TYPE)
 	if err != nil || kind != unix.SOCK_SEQPACKET {
 		return nil, fmt.Errorf("descriptor %d is no supervisor's socket: "+
@@ -223,19 +221,19 @@ func (m Message) Close() {
 // Recv returns a message with room for so many descriptors, none or one; io.EOF
 // when the other side has gone. Of what else comes with it nothing stays open.
 // An empty message has the kind 0.
-func (c *Control) Recv(descriptors int) (Message, error) { return c.recv(maxMessage, descriptors) }
+func (c *Control) Recv(descriptors int) (Message, error) { return c.recv(maxMessage, descriptors, 0) }
 
-func (c *Control) recv(size, descriptors int) (m Message, err error) {
+func (c *Control) recv(size, descriptors, flags int) (m Message, err error) {
 	msg := make([]byte, size)
 	var oob []byte
 	if descriptors > 0 {
 		// CmsgSpace has room for two.
 		oob = make([]byte, unix.CmsgLen(4*descriptors))
 	}
-	var n, oobn, flags int
+	var n, oobn, got int
 	err = c.use(func(fd int) error {
 		for {
-			n, oobn, flags, _, err = unix.Recvmsg(fd, msg, oob, unix.MSG_CMSG_CLOEXEC)
+			n, oobn, got, _, err = unix.Recvmsg(fd, msg, oob, unix.MSG_CMSG_CLOEXEC|flags)
 			switch {
 			case err == unix.EINTR:
 				continue
@@ -248,7 +246,7 @@ func (c *Control) recv(size, descriptors int) (m Message, err error) {
 	if err != nil {
 		return Message{}, err
 	}
-	m = Message{FD: -1, Cut: flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0}
+	m = Message{FD: -1, Cut: got&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0}
 	if n > 0 {
 		m.Kind, m.Body = Kind(msg[0]), msg[1:n]
 	}
@@ -305,7 +303,7 @@ func (c *Control) SendConfig(config any) error {
 
 // RecvConfig is the server's side.
 func (c *Control) RecvConfig(config any) error {
-	m, err := c.recv(maxConfig, 0)
+	m, err := c.recv(maxConfig, 0, 0)
 	switch {
 	case err != nil:
 		return fmt.Errorf("what to serve: %w", err)
@@ -316,6 +314,42 @@ func (c *Control) RecvConfig(config any) error {
 		return fmt.Errorf("what to serve: %w", err)
 	}
 	return nil
+}
+
+// SendHello tells the server, before it is started, that it is number n.
+func (c *Control) SendHello(n uint32) error {
+	return c.Send(Hello, binary.NativeEndian.AppendUint32([]byte{Version}, n), nil, 0)
+}
+
+// AwaitHello exchanges version numbers with the supervisor and returns the
+// server's own number. It does not wait: the supervisor has spoken first, if it
+// has a version at all.
+func (c *Control) AwaitHello() (n uint32, err error) {
+	m, err := c.recv(maxMessage, 0, unix.MSG_DONTWAIT)
+	switch {
+	case err == unix.EAGAIN:
+		return 0, &VersionError{}
+	case err != nil:
+		return 0, fmt.Errorf("the supervisor's first message: %w", err)
+	case m.Kind != Hello || len(m.Body) == 0:
+		return 0, &VersionError{}
+	case m.Body[0] != Version || len(m.Body) != 5:
+		return 0, &VersionError{m.Body[0]}
+	}
+	return binary.NativeEndian.Uint32(m.Body[1:]), c.Send(Hello, []byte{Version}, nil, 0)
+}
+
+// VersionError says that the other side, or the memory that it has made, is of
+// another version.
+type VersionError struct{ Other byte } // 0 for none
+
+func (e *VersionError) Error() string {
+	other := "without a version"
+	if e.Other != 0 {
+		other = fmt.Sprint("of version ", e.Other)
+	}
+	return fmt.Sprintf("supervisor and server do not fit: one is %s, the other of version %d: "+
+		"restart the helper to change the program", other, Version)
 }
 
 // SendReady tells the supervisor that the server takes connections.
@@ -341,11 +375,12 @@ func (c *Control) SendGone(id uint32, ended bool) error {
 	return c.SendConn(Returned, id, -1, 0)
 }
 
-// Serve is the server's side: it hands each connection to add, until the
-// supervisor asks for the end (nil), in one way or the other, or is gone (io.EOF).
-// A connection that add fails for is refused.
-func (c *Control) Serve(add func(fd int, id uint32, number uint64) error) (
-	handOver bool, err error) {
+// Serve is the server's side: it hands each connection to add, and calls ping
+// when asked to, until the supervisor asks for the end (nil), in one way or the
+// other, or is gone (io.EOF). A connection that add fails for is refused.
+func (c *Control) Serve(
+	add func(fd int, id uint32, number uint64) error, ping func(),
+) (handOver bool, err error) {
 	for {
 		m, err := c.Recv(1)
 		if err != nil {
@@ -354,6 +389,8 @@ func (c *Control) Serve(add func(fd int, id uint32, number uint64) error) (
 		switch id, ok := m.Conn(); {
 		case m.Kind == Stop || m.Kind == HandOver:
 			return m.Kind == HandOver, nil
+		case m.Kind == Ping:
+			ping()
 		case m.Kind == Conn && ok && m.FD >= 0:
 			if add(m.FD, id, m.Number()) != nil {
 				err = c.SendConn(Refused, id, -1, 0)

@@ -50,3 +50,33 @@ func TestConfig(t *testing.T) {
 		theirs.Close()
 	}
 }
+
+// A server says no to another number, to none, and to what is no number.
+func TestHello(t *testing.T) {
+	hello := func(body ...byte) func(c *Control) { return func(c *Control) { c.Send(Hello, body, nil, 0) } }
+	for _, c := range []struct {
+		name string
+		say  func(c *Control)
+		ok   bool // for the server
+	}{
+		{"this version", func(c *Control) { c.SendHello(7) }, true},
+		{"another", hello(Version+1, 7, 0, 0, 0), false},
+		{"none", func(*Control) {}, false},
+		{"another message", func(c *Control) { c.Send(Stop, nil, nil, 0) }, false},
+		{"no number", hello(), false},
+		{"no server's number", hello(Version), false},
+	} {
+		ours, theirs, err := New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := &Control{theirs}
+		c.say(ours)
+		n, err := server.AwaitHello()
+		if ok := err == nil && n == 7; ok != c.ok {
+			t.Errorf("%s: the server finds %d, %v", c.name, n, err)
+		}
+		ours.Close()
+		server.Close()
+	}
+}

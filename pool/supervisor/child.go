@@ -20,9 +20,12 @@ import (
 type server struct {
 	cmd     *exec.Cmd
 	control *ipc.Control
+	memory  *memory
 	began   time.Time
 	state   state // the starter's, then the loop's
 	stopped bool  // told to leave
+	killed  bool  // by this supervisor, which has logged why
+	loops   loops
 }
 
 func (s *server) pid() int { return s.cmd.Process.Pid }
@@ -41,6 +44,14 @@ func (s *server) end(how ipc.Kind) {
 	go s.control.Send(how, nil, nil, 0)
 }
 
+// kill ends the server whatever it does. Its death is not waited for long, even
+// where awaitDeath can't tell of it.
+func (s *server) kill() {
+	s.killed = true
+	s.cmd.Process.Kill()
+	time.AfterFunc(dyingTime, s.control.Shutdown)
+}
+
 // startServer starts a server and waits until it can serve.
 func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	cmd := &exec.Cmd{
@@ -53,26 +64,40 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		return nil, err
 	}
 	defer theirs.Close()
-	if err := control.SendConfig(sv.Server); err != nil {
+	memory, err := newMemory(sv.MaxConnections)
+	if err == nil {
+		sv.number++
+		err = control.SendHello(sv.number)
+	}
+	if err == nil {
+		err = control.SendConfig(sv.Server)
+	}
+	if err != nil {
 		control.Close()
+		memory.release()
 		return nil, err
 	}
-	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: sv.inflight, Program: program}.Extra()
+	cmd.ExtraFiles = ipc.Files{
+		Control: theirs, Inflight: memory.file, Progress: sv.progressFile, Program: program,
+	}.Extra()
+	started := sv.newLoops(sv.number)
 	pipes, err := sv.log.ServerPipes(cmd)
 	if err != nil {
 		control.Close()
+		memory.release()
 		return nil, err
 	}
 	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := sv.Sandbox.Start(cmd, sv.export); err != nil {
 		control.Close()
+		memory.release()
 		pipes.Close()
 		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	pipes.Read(cmd.Process.Pid)
 	theirs.Close()
-	s := &server{cmd: cmd, control: control, began: time.Now()}
+	s := &server{cmd: cmd, control: control, memory: memory, began: time.Now(), loops: started}
 	// One that hangs would keep all others from being started.
 	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
 	err = sv.awaitReady(s)
@@ -81,6 +106,7 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	}
 	if err != nil {
 		control.Close()
+		memory.release()
 		cmd.Process.Kill() // for one that goes on all the same
 		status := errHeld
 		select {
@@ -97,9 +123,6 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 
 // awaitReady waits until the server takes connections.
 func (sv *supervisor) awaitReady(s *server) error {
-	if sv.Sandbox.Seccomp == sandbox.SeccompNone {
-		s.state = confined
-	}
 	for {
 		m, err := s.control.Recv(1)
 		if err != nil {
@@ -110,6 +133,14 @@ func (sv *supervisor) awaitReady(s *server) error {
 			return fmt.Errorf("the server speaks out of turn: %w", err)
 		}
 		switch m.Kind {
+		case ipc.Hello:
+			if other := m.Body[0]; other != ipc.Version {
+				return &ipc.VersionError{Other: other}
+			}
+			s.state = greeted
+			if sv.Sandbox.Seccomp == sandbox.SeccompNone {
+				s.state = confined
+			}
 		case ipc.Filter:
 			s.state = confined
 			violations := os.NewFile(uintptr(m.FD), "violations")

@@ -13,6 +13,7 @@ type state int
 
 const (
 	starting    state = iota
+	greeted           // it has this version
 	confined          // its filter is supervised, or it has none
 	serving           // it has said that it is ready
 	handingOver       // it was told to give its connections back
@@ -34,8 +35,9 @@ var afterReady = []state{serving, handingOver, stopping}
 
 // table has a rule for each message that a server may send.
 var table = map[ipc.Kind]rule{
-	ipc.Filter:   {in: []state{starting}, descriptor: true},
-	ipc.Error:    {in: []state{starting, confined}, body: text},
+	ipc.Hello:    {in: []state{starting}, body: 1},
+	ipc.Filter:   {in: []state{greeted}, descriptor: true},
+	ipc.Error:    {in: []state{starting, greeted, confined}, body: text},
 	ipc.Ready:    {in: []state{confined}},
 	ipc.Ended:    {in: afterReady, body: 4, conn: true},
 	ipc.NoRoom:   {in: afterReady, body: 4, conn: true},

@@ -27,13 +27,16 @@ type message struct {
 	fds   int
 }
 
+var hello = message{string([]byte{byte(ipc.Hello), ipc.Version}), 0}
+
 func about(k ipc.Kind, id uint32) string {
 	return string(binary.NativeEndian.AppendUint32([]byte{byte(k)}, id))
 }
 
 // allowed are all messages that a server may send, by its state.
 var allowed = map[state][]message{
-	starting: {{"f", 1}, {"e", 0}, {"etext", 0}},
+	starting: {hello, {"e", 0}, {"etext", 0}},
+	greeted:  {{"f", 1}, {"e", 0}, {"etext", 0}},
 	confined: {{"r", 0}, {"e", 0}, {"etext", 0}},
 	serving:  {{about('x', mine), 0}, {about('n', mine), 0}, {about('d', mine), 0}},
 	handingOver: {{about('x', mine), 0}, {about('n', mine), 0}, {about('d', mine), 0},
@@ -43,11 +46,11 @@ var allowed = map[state][]message{
 
 // tried are messages of every kind, known or not, in every shape.
 func tried() (list []message) {
-	shapes := []string{"", strings.Repeat("x", 5000)}
+	shapes := []string{"", strings.Repeat("x", 5000), hello.bytes}
 	for k := range 256 {
 		shapes = append(shapes, string([]byte{byte(k)}))
 	}
-	for _, k := range "CcshferxbndzX" {
+	for _, k := range "vpCcshferxbndzX" {
 		kind := string(k)
 		shapes = append(shapes, kind+"abc", kind+"abcde",
 			kind+strings.Repeat("x", 4095), kind+strings.Repeat("x", 4096),
@@ -94,7 +97,7 @@ func isAllowed(s state, m message) bool {
 // and no descriptor that has come with it stays open.
 func TestTable(t *testing.T) {
 	for s, name := range map[state]string{
-		starting: "starting", confined: "confined", serving: "serving",
+		starting: "starting", greeted: "greeted", confined: "confined", serving: "serving",
 		handingOver: "handing over", stopping: "stopping",
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -146,12 +149,9 @@ func deliver(t *testing.T, s state, m message) (killed bool, open int) {
 	}
 	theirs.Close()
 	before--
-	sv.Sandbox.Seccomp = sandbox.SeccompNone
-	if s == starting {
-		sv.Sandbox.Seccomp = sandbox.SeccompKill
-	}
+	sv.Sandbox.Seccomp = sandbox.SeccompKill
 	err = sv.awaitReady(srv)
-	if s == starting && srv.state == confined {
+	if s == greeted && srv.state == confined {
 		for end := time.Now().Add(time.Minute); openFDs(t) > before && time.Now().Before(end); {
 			time.Sleep(time.Millisecond) // Supervise closes what is no filter
 		}
@@ -170,18 +170,23 @@ func openFDs(t *testing.T) int {
 	return len(entries)
 }
 
-// A second filter, and readiness without one, are out of turn as well.
+// A second filter, and readiness without one, are out of turn as well; a server
+// of another version, or without one, is none.
 func TestOrderOfStart(t *testing.T) {
 	for _, c := range []struct {
 		seccomp sandbox.Seccomp
 		says    []message
 		ready   bool
 	}{
-		{sandbox.SeccompKill, []message{{"f", 1}, {"r", 0}}, true},
-		{sandbox.SeccompKill, []message{{"r", 0}}, false},
-		{sandbox.SeccompKill, []message{{"f", 1}, {"f", 1}}, false},
-		{sandbox.SeccompNone, []message{{"r", 0}}, true},
-		{sandbox.SeccompNone, []message{{"f", 1}, {"r", 0}}, false},
+		{sandbox.SeccompKill, []message{hello, {"f", 1}, {"r", 0}}, true},
+		{sandbox.SeccompKill, []message{hello, {"r", 0}}, false},
+		{sandbox.SeccompKill, []message{hello, {"f", 1}, {"f", 1}}, false},
+		{sandbox.SeccompKill, []message{hello, hello, {"f", 1}, {"r", 0}}, false},
+		{sandbox.SeccompKill, []message{{"f", 1}, {"r", 0}}, false},
+		{sandbox.SeccompKill, []message{{"v\xff", 0}, {"f", 1}, {"r", 0}}, false},
+		{sandbox.SeccompNone, []message{hello, {"r", 0}}, true},
+		{sandbox.SeccompNone, []message{hello, {"f", 1}, {"r", 0}}, false},
+		{sandbox.SeccompNone, []message{{"r", 0}}, false},
 	} {
 		t.Run(fmt.Sprint(c.seccomp, c.says), func(t *testing.T) {
 			control, theirs, err := ipc.New()

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
-	"virtfs-proxy-helper/pool/ipc"
 )
 
 // Role is what a process of this program does.
@@ -22,8 +21,7 @@ const (
 	RoleCommand    Role = ""         // the command as the user has started it
 	RoleRootless   Role = "rootless" // the same, as root of a user namespace
 	RoleSupervisor Role = "supervisor"
-	// RoleServer has the version that it and its supervisor must agree on.
-	RoleServer Role = "server/" + ipc.Version
+	RoleServer     Role = "server"
 )
 
 const (
@@ -62,12 +60,7 @@ func CurrentRole() (Role, error) {
 		return role, nil
 	case RoleRootless, RoleSupervisor, RoleServer:
 	default:
-		err := fmt.Errorf("%s=%s: this program is no such thing: it is of another version than "+
-			"the supervisor, which is to be restarted", roleEnv, role)
-		if strings.HasPrefix(string(role), "server") {
-			ipc.Refuse(err)
-		}
-		return "", err
+		return "", fmt.Errorf("%s=%s: this program has no such role: unset it", roleEnv, role)
 	}
 	if !slices.Equal(os.Environ(), environment(role)) {
 		return "", fmt.Errorf("%s=%s: it is set by this program for itself, "+

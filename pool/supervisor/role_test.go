@@ -174,9 +174,9 @@ func TestRoleAlone(t *testing.T) {
 		user  uint32 // that the helper runs as
 		says  string
 	}{
-		"server":            {[]string{role + "server/2"}, nil, 0, "supervisor"},
-		"server, stream":    {[]string{role + "server/2"}, pair(unix.SOCK_STREAM), 0, "supervisor"},
-		"server, another's": {[]string{role + "server/2"}, pair(unix.SOCK_SEQPACKET), helpertest.Someone, "supervisor"},
+		"server":            {[]string{role + "server"}, nil, 0, "supervisor"},
+		"server, stream":    {[]string{role + "server"}, pair(unix.SOCK_STREAM), 0, "supervisor"},
+		"server, another's": {[]string{role + "server"}, pair(unix.SOCK_SEQPACKET), helpertest.Someone, "supervisor"},
 		"of another day":    {[]string{role + "server"}, nil, 0, "another version"},
 		"unknown":           {[]string{role + "root"}, nil, 0, "another version"},
 		"supervisor":        {[]string{role + "supervisor"}, pair(unix.SOCK_STREAM), 0, "daemon"},
@@ -221,7 +221,7 @@ func TestPrivilegedCopy(t *testing.T) {
 		if err := errors.Join(os.WriteFile(path, program, 0o755), prepare(path)); err != nil {
 			t.Fatal(err)
 		}
-		for _, env := range [][]string{nil, {role + "server/2"}, {role + "supervisor"}, {role + "rootless", rootless + "0"}} {
+		for _, env := range [][]string{nil, {role + "server"}, {role + "supervisor"}, {role + "rootless", rootless + "0"}} {
 			args := append(append([]string{"-i"}, env...), path)
 			status, out := helpertest.Run(t, helpertest.Command{
 				Path: "/usr/bin/env",

@@ -2,14 +2,16 @@
 // and accepts connections; each goes to the server, the confined process that
 // serves requests. The supervisor reads nothing that a guest sends.
 //
-// It has a descriptor of every connection, too, and the in-flight memory of what they
-// have in work. So a server may die, or be replaced by a newer binary, and the
-// next one goes on with all connections: QEMU itself never reconnects.
+// It has a descriptor of every connection, too, and the in-flight memories of
+// what these have in work. So a server may die, or be replaced by a newer binary,
+// and the next one goes on with all connections: QEMU itself never reconnects.
 //
 //	supervisor.go  the supervisor's life: connections and servers come and go
 //	messages.go    what a server may say, and when
+//	memory.go      in-flight memories: a slot goes from one server's to the next
 //	child.go       a server as the supervisor sees it: started, watched, ended
 //	peer.go        the process at the other end of a connection, for the log
+//	progress.go    what hangs: a request is logged, a server replaced
 //	socket.go      the socket's name: claimed, put back, given up
 //	pidfile.go     the pidfile: made, replaced, removed
 //	names.go       names in directories that others may write to
@@ -30,9 +32,9 @@ import (
 
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool"
-	"virtfs-proxy-helper/pool/inflight"
 	"virtfs-proxy-helper/pool/ipc"
 	"virtfs-proxy-helper/pool/logging"
+	"virtfs-proxy-helper/pool/progress"
 )
 
 // StartTime is how long a server may take until it is ready: hundreds of times
@@ -46,6 +48,12 @@ const (
 	minPause = 10 * time.Millisecond
 	maxPause = 5 * time.Second
 )
+
+// handOverTime is how long an old server may take to give its connections back
+// once the new one serves: as long as requests may take, and their clients to
+// read the answers. With the time that a server takes to start that is less than
+// 10 s after SIGHUP.
+const handOverTime = 5 * time.Second
 
 // noRoomPause is how long a connection waits that the server had no descriptor
 // for.
@@ -82,10 +90,14 @@ type surroundings struct {
 type supervisor struct {
 	Config
 	surroundings
-	export   *os.File // the directory, O_PATH: each server gets the same one
-	name     *socketName
-	inflight *os.File
-	events   chan any // accepted, childMessage, ended or started
+	export *os.File // the directory, O_PATH: each server gets the same one
+	name   *socketName
+	events chan any  // accepted, moved, childMessage, ended, started, overdue or retry
+	moves  chan move // for the mover; has room for all
+
+	progress     *progress.Memory
+	progressFile *os.File // for servers to map
+	number       uint32   // of the last server that was started, for its records there
 
 	conns    map[uint32]*conn
 	numbered uint64        // connections so far
@@ -103,12 +115,15 @@ type supervisor struct {
 	once     bool  // leave when no connection is left: there was one
 }
 
-// conn is a connection. Its number is its slot in the in-flight memory.
+// conn is a connection. Its number is its slot in the in-flight memories.
 type conn struct {
 	fd     int
-	number uint64  // in the log, never used again
-	server *server // that serves it; nil while none does
-	waited bool    // for a server that had no room for it
+	number uint64        // in the log, never used again
+	server *server       // that serves it; nil while none does
+	waited bool          // for a server that had no room for it
+	memory *memory       // of the last server that it was given to; nil before the first
+	moving bool          // the mover prepares its slot in another memory
+	late   progress.Work // that the log has told of
 }
 
 // Events.
@@ -116,6 +131,10 @@ type (
 	accepted struct {
 		fd   int
 		peer []any // for the log
+	}
+	moved struct {
+		move
+		err error
 	}
 	childMessage struct {
 		server *server
@@ -131,7 +150,9 @@ type (
 		renewed bool
 		err     error
 	}
-	retry struct{ id uint32 }
+	overdue struct{ server *server } // handing over
+	retry   struct{ id uint32 }
+	closed  struct{ id uint32 }
 )
 
 // run keeps a server until a signal ends it, or the last connection does. An
@@ -178,12 +199,16 @@ func (c *Config) supervise(around surroundings) error {
 		events:       make(chan any),
 		conns:        make(map[uint32]*conn),
 		room:         make(chan struct{}, c.MaxConnections),
+		moves:        make(chan move, c.MaxConnections),
 		servers:      make(map[*server]bool),
 	}
 	for id := range uint32(c.MaxConnections) {
 		sv.free = append(sv.free, uint32(c.MaxConnections)-1-id)
 	}
-	if sv.inflight, err = inflight.Create(c.MaxConnections); err != nil {
+	if sv.progressFile, err = progress.Create(c.MaxConnections); err != nil {
+		return err
+	}
+	if sv.progress, err = progress.Map(sv.progressFile); err != nil {
 		return err
 	}
 	if c.Socket != "" {
@@ -211,6 +236,7 @@ func (c *Config) supervise(around surroundings) error {
 	}
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
+	go sv.move()
 	if sv.name != nil {
 		if err := sv.name.publish(log.Logger, sv.accept); err != nil {
 			return err
@@ -245,6 +271,7 @@ func (sv *supervisor) logStart() {
 func (sv *supervisor) loop(signals <-chan os.Signal) error {
 	sv.watch(sv.current)
 	var patience <-chan time.Time
+	tick := time.NewTimer(tickTime)
 	for {
 		select {
 		case sig := <-signals:
@@ -263,7 +290,11 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 				patience = time.After(ipc.StopTime + time.Second)
 			}
 		case <-patience:
-			return errors.New("stopped with requests in work")
+			sv.log.Warn("stopped with connections that were not answered",
+				"connections", len(sv.conns))
+			return sv.stopped
+		case <-tick.C:
+			tick.Reset(sv.tick())
 		case event := <-sv.events:
 			sv.handle(event)
 		}
@@ -282,12 +313,19 @@ func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
 		sv.add(e.fd, e.peer)
+	case moved:
+		sv.onMoved(e)
 	case childMessage:
 		sv.onChildMessage(e.server, e.Message)
 	case ended:
 		sv.serverEnded(e.server, e.err)
 	case started:
 		sv.serverStarted(e)
+	case closed:
+		sv.free = append(sv.free, e.id)
+		<-sv.room
+	case overdue:
+		sv.endOverdue(e.server)
 	case retry:
 		if c := sv.conns[e.id]; c != nil && c.server == nil {
 			sv.assign(e.id, c)
@@ -298,12 +336,6 @@ func (sv *supervisor) handle(event any) {
 // add takes a connection that room has been made for.
 func (sv *supervisor) add(fd int, peer []any) {
 	id := sv.free[len(sv.free)-1]
-	if err := inflight.Clear(sv.inflight, id); err != nil {
-		sv.log.Error("connection refused", "error", fmt.Errorf("clear its journal: %w", err))
-		unix.Close(fd)
-		<-sv.room
-		return
-	}
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
 	sv.numbered++
@@ -313,13 +345,19 @@ func (sv *supervisor) add(fd int, peer []any) {
 	sv.assign(id, c)
 }
 
-// give gives a connection to the current server, if there is one: else the
-// next one gets it.
+// assign gives a connection to the current server, if there is one: else the
+// next one gets it. No server has it: the last one is dead, or has given it back.
 func (sv *supervisor) assign(id uint32, c *conn) {
-	c.server = sv.current
-	if c.server == nil {
+	c.server = nil
+	if sv.current == nil || c.moving {
 		return
 	}
+	if c.memory != sv.current.memory {
+		sv.startMove(id, c)
+		return
+	}
+	c.server, c.late = sv.current, progress.Work{}
+	sv.progress.Conn(id).End() // what the last server has left there
 	// A server that is gone is noticed in time. The loop waits for none.
 	err := c.server.control.SendNewConn(id, c.number, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
@@ -369,12 +407,15 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 	}
 }
 
-// forget frees the number of a connection, and the room for it.
+// forget closes a connection, and frees its number and its room when that is done:
+// the last close of a descriptor that a client has passed may wait.
 func (sv *supervisor) forget(id uint32, c *conn) {
 	delete(sv.conns, id)
-	sv.free = append(sv.free, id)
-	unix.Close(c.fd)
-	<-sv.room
+	c.memory.release()
+	go func() {
+		unix.Close(c.fd)
+		sv.events <- closed{id}
+	}()
 }
 
 // start starts a server after a pause, unless that is being done.
@@ -428,6 +469,7 @@ func (sv *supervisor) serverStarted(e started) {
 		}
 		if old != nil {
 			old.end(ipc.HandOver)
+			time.AfterFunc(handOverTime, func() { sv.events <- overdue{old} })
 		}
 		if sv.stopping {
 			e.server.end(ipc.Stop)
@@ -438,11 +480,30 @@ func (sv *supervisor) serverStarted(e started) {
 	}
 }
 
+// endOverdue takes the connections from an old server that does not give them
+// back: its clients do not read their answers, a file system holds a request, or
+// the server is stopped or hostile.
+func (sv *supervisor) endOverdue(s *server) {
+	if !sv.servers[s] || sv.stopping {
+		return
+	}
+	left := 0
+	for _, c := range sv.conns {
+		if c.server == s {
+			left++
+		}
+	}
+	sv.log.Warn("killing the old server: it has not given all connections back",
+		"pid", s.pid(), "connections", left, "after", handOverTime)
+	s.kill()
+}
+
 // serverEnded goes on without a server, whose last word has been heard.
 func (sv *supervisor) serverEnded(s *server, err error) {
 	delete(sv.servers, s)
 	s.state = condemned // a word that comes late is not heard
 	s.control.Close()
+	s.memory.release()
 	lived := time.Since(s.began)
 	if s == sv.current {
 		sv.current = nil
@@ -455,7 +516,11 @@ func (sv *supervisor) serverEnded(s *server, err error) {
 		}
 	}
 	switch {
-	case s.stopped && err == nil:
+	case s.stopped && (err == nil || s.killed):
+		return
+	case sv.stopping && errors.Is(err, errHeld):
+		sv.log.Warn("stopped with a request that a file system does not answer",
+			"pid", s.pid(), "connections", lost)
 		return
 	case sv.stopping:
 		sv.stopped = fmt.Errorf("the server died: %w", err)
