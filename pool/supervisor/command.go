@@ -24,6 +24,11 @@ func (c *Config) Start(foreground bool) error {
 	if err := cleanEnvironment(); err != nil {
 		return err
 	}
+	if os.Geteuid() == 0 && !Rootless() {
+		if err := c.Sandbox.OwnMountNamespace(); err != nil {
+			return err
+		}
+	}
 	// Whatever descriptors the caller left open end with the next exec.
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
 		return fmt.Errorf("close_range: %w", err)
