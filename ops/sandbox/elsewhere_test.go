@@ -4,9 +4,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/bench/helpertest"
@@ -99,4 +103,125 @@ func TestLauncherInUserNamespace(t *testing.T) {
 			}
 		})
 	}
+}
+
+// inContainer makes the test binary a process in a container: it executes its
+// further arguments under Docker's default filter.
+const inContainer = "-in-container"
+
+// denied are the system calls that Docker's documentation names as blocked by
+// its default profile without capabilities beyond the default ones, and those
+// of the new interface to mounts.
+var denied = []string{
+	"acct", "add_key", "bpf", "clock_adjtime", "clock_settime", "delete_module", "finit_module", "get_mempolicy",
+	"init_module", "kcmp", "kexec_file_load", "kexec_load", "keyctl", "lookup_dcookie", "mbind", "mount",
+	"move_pages", "open_by_handle_at", "perf_event_open", "personality", "pivot_root", "process_vm_readv",
+	"process_vm_writev", "ptrace", "quotactl", "reboot", "request_key", "set_mempolicy", "setns", "settimeofday",
+	"swapoff", "swapon", "umount2", "unshare", "userfaultfd",
+	"fsconfig", "fsmount", "fsopen", "fspick", "mount_setattr", "move_mount", "open_tree",
+}
+
+// enterContainer executes args as Docker does.
+func enterContainer(args []string) {
+	const cloneNew = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
+		unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
+	runtime.LockOSThread()
+	err := seccomp.LoadFilter(seccomp.Filter{
+		NoNewPrivs: false, // as Docker: only its root's capabilities are fewer
+		Policy: seccomp.Policy{
+			DefaultAction: seccomp.ActionAllow,
+			Syscalls: []seccomp.SyscallGroup{{
+				Action: seccomp.ActionErrno | seccomp.Action(unix.EPERM),
+				Names:  denied,
+				NamesWithCondtions: []seccomp.NameWithConditions{{
+					Name: "clone",
+					Conditions: []seccomp.Condition{{
+						Argument: 0, Operation: seccomp.BitsSet, Value: cloneNew,
+					}},
+				}},
+			}, {
+				Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS),
+				Names:  []string{"clone3"},
+			}},
+		},
+	})
+	if err == nil {
+		err = syscall.Exec(args[0], args, os.Environ())
+	}
+	fmt.Fprintln(os.Stderr, err)
+	os.Exit(99)
+}
+
+// dockerCaps are the capabilities of a container's root.
+const dockerCaps = "-all,+chown,+dac_override,+fsetid,+fowner,+mknod,+net_raw,+setgid,+setuid,+setfcap,+setpcap," +
+	"+net_bind_service,+sys_chroot,+kill,+audit_write"
+
+// container returns the command that runs our helper of dir in a container.
+func container(t *testing.T, caps, dir string, options ...string) helpertest.Command {
+	t.Helper()
+	helpertest.NeedProgram(t, "setpriv", "util-linux")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return helpertest.Command{Path: self, Args: append([]string{inContainer,
+		"/usr/bin/setpriv", "--bounding-set", caps,
+		helpertest.Ours(t), "-p", dir, "-s", filepath.Join(filepath.Dir(dir), "s"), "-u", "0", "-g", "0",
+	}, options...)}
+}
+
+// Under Docker's default profile: no namespaces, which is said with the remedy;
+// a chroot with all that it promises, but for paths that take a working directory.
+func TestContainer(t *testing.T) {
+	for _, caps := range []string{dockerCaps, "+all"} { // as --cap-add=ALL, were that not another profile
+		dir := export(t)
+		status, out := helpertest.Run(t, container(t, caps, dir))
+		if status != 1 || !strings.Contains(out, "--sandbox=chroot") || strings.Count(out, "\n") != 1 {
+			t.Errorf("%s: status %d, %q", caps, status, out)
+		}
+	}
+	dir := export(t)
+	p := helpertest.Start(t, container(t, dockerCaps, dir, "-n", "--sandbox=chroot"))
+	name := filepath.Join(filepath.Dir(dir), "s")
+	helpertest.AwaitName(t, p, name)
+	if !p.Logged("no detached /proc/self/fd") {
+		t.Errorf("silent about what it can't do:\n%s", p.Output())
+	}
+	c := helpertest.Dial(t, name)
+	makeAll(t, c, 1000, 0)
+	deep := deepPath(t, c)
+	for _, op := range []codec.Type{codec.Statfs, codec.Truncate, codec.Lgetxattr, codec.Llistxattr, codec.Lsetxattr, codec.Lremovexattr} {
+		r := request(deep, 0)
+		r.Flags = 0
+		c.Want(unix.ENAMETOOLONG, op, r)
+	}
+	c.Want(0, codec.Lstat, request(deep, 0))
+	server := p.Server()
+	for _, st := range helpertest.Threads(t, server) {
+		if got, want := threadCaps(t, st), (capSets{CapPrm: seven, CapEff: seven}); got != want {
+			t.Errorf("%s: %x, want %x", st["Name"], got, want)
+		}
+	}
+	for tid := range helpertest.Threads(t, server) {
+		root, err := os.Readlink(fmt.Sprintf("/proc/%d/task/%s/root", server, tid))
+		if err == nil && root != dir {
+			t.Errorf("a thread has the root %s", root)
+		}
+	}
+	if err := unix.Kill(server, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	c.Want(0, codec.Lstat, request("/", 0)) // by another server
+}
+
+// deepPath makes a file whose path is longer than PATH_MAX, and returns that.
+func deepPath(t *testing.T, c *helpertest.Client) string {
+	t.Helper()
+	name := "/" + strings.Repeat("d", 254)
+	path := ""
+	for len(path) <= unix.PathMax {
+		path += name
+		c.Want(0, codec.Mkdir, request(path, 0))
+	}
+	return path
 }

@@ -91,24 +91,31 @@ func (c Config) Enter(export int, log *slog.Logger) (*Inside, error) {
 	return in, nil
 }
 
-// enterSandbox changes the root and drops privileges. To do the latter on all threads,
-// the thread that does it needs a /proc where it finds them, when the others
-// have lost theirs: it gets a view of its own, and ends.
+// enterSandbox changes the root and drops privileges. The latter needs a /proc
+// that shows all threads, when they have lost theirs, or will: with namespaces
+// the thread that does it gets a view of its own, and ends; else another process
+// changes the root.
 func (c Config) enterSandbox(export int) error {
-	change, view := changeRoot, ownRoot
-	if c.Sandbox == SandboxNamespace {
-		// From here on nothing that is mounted or unmounted reaches the host.
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-			return needsNamespaces("make all mounts private", err)
+	if c.Sandbox == SandboxChroot {
+		change, err := chrootLater(export)
+		if err != nil {
+			return err
 		}
-		change, view = c.pivotRoot, ownMounts
+		if err := drop(serverCaps, serverCaps, nil); err != nil {
+			return err // and the other process ends with this one
+		}
+		return change()
+	}
+	// From here on nothing that is mounted or unmounted reaches the host.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return needsNamespaces("make all mounts private", err)
 	}
 	return onThreadThatEnds(func() error {
-		if err := view(); err != nil {
+		if err := ownMounts(); err != nil {
 			return err
 		}
 		done := make(chan error)
-		go func() { done <- change(export) }()
+		go func() { done <- c.pivotRoot(export) }()
 		if err := <-done; err != nil {
 			return err
 		}
