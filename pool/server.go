@@ -98,7 +98,7 @@ func NewServer(fs *ops.FS, j *inflight.Memory, n int, gone func(id uint32, ended
 	if s.handoverFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	for range max(1, runtime.NumCPU()/2) { // the other CPUs are the clients'
+	for range Loops() {
 		l, err := newLoop(s)
 		if err != nil {
 			return nil, err
@@ -107,6 +107,10 @@ func NewServer(fs *ops.FS, j *inflight.Memory, n int, gone func(id uint32, ended
 	}
 	return s, nil
 }
+
+// Loops returns the number of epoll loops of a server, which takes two
+// descriptors for each.
+func Loops() int { return max(1, runtime.NumCPU()/2) } // the other CPUs are the clients'
 
 // Close ends the epoll loops of a server that has no connections any more.
 func (s *Server) Close() error {

@@ -110,10 +110,6 @@ func (c *Config) RunDetached() error {
 	return err
 }
 
-// descriptors is how many a process may need: one for each connection, a few
-// for each request in the file system, and what it has anyway.
-func (c *Config) descriptors() uint64 { return uint64(c.MaxConnections + 4*c.Workers + 64) }
-
 // executable is the name of the program that runs, as it was at the start.
 var executable, executableErr = os.Executable()
 

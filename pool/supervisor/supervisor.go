@@ -166,8 +166,8 @@ func (c *Config) supervise(around surroundings) error {
 			return err
 		}
 	}
-	if err := sandbox.Descriptors(c.descriptors()); err != nil {
-		log.Warn("VMs may be told EMFILE", "error", err)
+	if err := c.fitLimits(log); err != nil {
+		return err
 	}
 	signals := catchSignals()
 
