@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -224,4 +225,129 @@ func deepPath(t *testing.T, c *helpertest.Client) string {
 		c.Want(0, codec.Mkdir, request(path, 0))
 	}
 	return path
+}
+
+// inService makes the test binary a process of a service: it executes arguments
+// after the first two under options of systemd, in a mount namespace.
+const inService = "-in-service"
+
+// serviceOptions are what systemd's options do to the mounts; dir is writable.
+var serviceOptions = map[string]func(dir string) error{
+	"ProtectSystem=strict": func(dir string) error {
+		for _, keep := range []string{dir, "/proc", "/sys", "/dev"} {
+			if err := unix.Mount(keep, keep, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+				return err
+			}
+		}
+		readOnly := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, readOnly); err != nil {
+			return err
+		}
+		for _, keep := range []string{dir, "/proc", "/sys", "/dev"} {
+			writable := &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+			if err := unix.MountSetattr(unix.AT_FDCWD, keep, unix.AT_RECURSIVE, writable); err != nil {
+				return err
+			}
+		}
+		return nil
+	},
+	"ProcSubset=pid": func(string) error {
+		return unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "subset=pid")
+	},
+	"PrivateDevices=yes": func(string) error {
+		// After a bind mount elsewhere, as the new /dev covers the old one.
+		null, err := unix.OpenTree(unix.AT_FDCWD, "/dev/null", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return err
+		}
+		if err := unix.Mount("tmpfs", "/dev", "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755"); err != nil {
+			return err
+		}
+		if err := os.WriteFile("/dev/null", nil, 0o666); err != nil {
+			return err
+		}
+		return unix.MoveMount(null, "", unix.AT_FDCWD, "/dev/null", unix.MOVE_MOUNT_F_EMPTY_PATH)
+	},
+	"no devices": func(string) error {
+		return unix.Mount("tmpfs", "/dev", "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755")
+	},
+}
+
+// enterService executes args under options, which are separated by commas.
+func enterService(options, dir string, args []string) {
+	runtime.LockOSThread()
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	for option := range strings.SplitSeq(options, ",") {
+		if err == nil {
+			err = serviceOptions[option](dir)
+		}
+	}
+	if err == nil {
+		err = syscall.Exec(args[0], args, os.Environ())
+	}
+	fmt.Fprintln(os.Stderr, err)
+	os.Exit(99)
+}
+
+// Under options of systemd that take away what is mounted, the daemon and the
+// foreground start and serve.
+func TestServiceManager(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, options := range []string{
+		"ProtectSystem=strict", "ProcSubset=pid", "PrivateDevices=yes", "no devices",
+		"ProtectSystem=strict,ProcSubset=pid,PrivateDevices=yes",
+	} {
+		for _, mode := range []string{"--nodaemon", "--log-level=info"} {
+			t.Run(options+" "+mode, func(t *testing.T) {
+				dir := export(t)
+				room := filepath.Dir(dir)
+				name, pidfile := filepath.Join(room, "s"), filepath.Join(room, "pid")
+				start := helpertest.Command{Path: self, Args: []string{inService, options, room, helpertest.Ours(t),
+					"-p", dir, "-s", name, "-u", "0", "-g", "0", "--pidfile", pidfile, mode}}
+				p := helpertest.Start(t, start)
+				if mode != "--nodaemon" {
+					if status := p.Wait(); status != 0 {
+						t.Fatalf("status %d\n%s", status, p.Output())
+					}
+				}
+				helpertest.Eventually(t, "the name is there", func() bool {
+					if mode == "--nodaemon" && !p.Alive() {
+						t.Fatalf("the helper has ended\n%s", p.Output())
+					}
+					return helpertest.Listening(t, name)
+				})
+				b, err := os.ReadFile(pidfile)
+				if err != nil {
+					t.Fatal(err)
+				}
+				pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer helpertest.Eventually(t, "the helper has ended", func() bool {
+					unix.Kill(pid, unix.SIGTERM)
+					return helpertest.Ended(pid)
+				})
+				c := helpertest.Dial(t, name)
+				makeAll(t, c, 1000, 0)
+				servers := helpertest.Children(pid)
+				if len(servers) != 1 {
+					t.Fatalf("servers %v", servers)
+				}
+				if points, _ := mountpoints(t, servers[0]); !slices.Equal(points, []string{"/"}) {
+					t.Errorf("the server has mounts at %v", points)
+				}
+				if err := unix.Kill(servers[0], unix.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+				c.Want(0, codec.Lstat, request("/", 0)) // by another server
+			})
+		}
+	}
 }

@@ -17,8 +17,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 2 && os.Args[1] == inContainer {
-		enterContainer(os.Args[2:])
+	if len(os.Args) > 2 {
+		switch os.Args[1] {
+		case inContainer:
+			enterContainer(os.Args[2:])
+		case inService:
+			enterService(os.Args[2], os.Args[3], os.Args[4:])
+		}
 	}
 	helpertest.Main(m)
 }

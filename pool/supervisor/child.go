@@ -58,6 +58,13 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		return nil, err
 	}
 	cmd.ExtraFiles = ipc.Files{Control: theirs, Inflight: sv.inflight, Program: program}.Extra()
+	null, err := openNull()
+	if err != nil {
+		control.Close()
+		return nil, err
+	}
+	defer null.Close()
+	cmd.Stdin = null
 	pipes, err := sv.log.ServerPipes(cmd)
 	if err != nil {
 		control.Close()

@@ -95,7 +95,7 @@ func TestNoDescriptors(t *testing.T) {
 	dir := helpertest.ShortDir(t)
 	status, out := helpertest.Run(t, helpertest.Command{Path: "/usr/bin/prlimit", Args: []string{
 		"--nofile=64", "setpriv", "--bounding-set", "-sys_resource",
-		helpertest.Ours(t), "-p", dir, "-s", filepath.Join(dir, "s"), "-u", "0", "-g", "0",
+		helpertest.Ours(t), "-n", "-p", dir, "-s", filepath.Join(dir, "s"), "-u", "0", "-g", "0",
 	}})
 	if status != 1 || !strings.Contains(out, "LimitNOFILE") {
 		t.Errorf("status %d, %q", status, out)
