@@ -330,10 +330,12 @@ func TestServiceManager(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				defer helpertest.Eventually(t, "the helper has ended", func() bool {
-					unix.Kill(pid, unix.SIGTERM)
-					return helpertest.Ended(pid)
-				})
+				if mode != "--nodaemon" {
+					t.Cleanup(func() {
+						unix.Kill(pid, unix.SIGTERM)
+						helpertest.Eventually(t, "the helper has ended", func() bool { return helpertest.Ended(pid) })
+					})
+				}
 				c := helpertest.Dial(t, name)
 				makeAll(t, c, 1000, 0)
 				servers := helpertest.Children(pid)

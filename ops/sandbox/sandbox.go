@@ -6,10 +6,12 @@
 //
 //	sandbox.go      how strictly; the server's way in, step by step
 //	mounts.go       the export becomes the root: pivot_root in own namespaces, or chroot
+//	mountns.go      a mount namespace for root of a user namespace that has none
+//	chroot.go       the root of all threads is changed by another process
 //	caps.go         capabilities of both processes, on all threads
 //	seccomp.go      the filters of system calls, and who is told of a violation
 //	syscalls.go     the lists
-//	limits.go       descriptors
+//	limits.go       descriptors and threads
 //	userns.go       a user namespace, for a helper that is not started as root
 //
 // The supervisor calls Keep, once, then Start for each server and Supervise with

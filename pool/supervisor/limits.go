@@ -2,10 +2,10 @@ package supervisor
 
 import (
 	"fmt"
-	"log/slog"
 
 	"virtfs-proxy-helper/ops/sandbox"
 	"virtfs-proxy-helper/pool"
+	"virtfs-proxy-helper/pool/logging"
 )
 
 // descriptors is how many a process may need with n connections: one for each,
@@ -25,7 +25,7 @@ func (c *Config) threads() uint64 {
 // fitLimits raises the limit of descriptors or, where the hard limit is too low,
 // lowers MaxConnections until all have room, and logs that. A limit of threads
 // is only looked at: few clients are ever so slow that each holds one.
-func (c *Config) fitLimits(log *slog.Logger) error {
+func (c *Config) fitLimits(log *logging.Log) error {
 	if c.Socket == "" {
 		c.MaxConnections = 1
 	}

@@ -17,6 +17,8 @@
 //	role.go        which process this is, and its environment
 //	daemon.go      detached from the caller, who is told how the start went
 //	terminal.go    the signals, and what a terminal's end means
+//	limits.go      how many connections there are descriptors for
+//	null.go        /dev/null, or a file in its place
 package supervisor
 
 import (
