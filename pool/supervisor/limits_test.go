@@ -26,7 +26,7 @@ func startLimited(t *testing.T, limit string, options ...string) (*helpertest.Pr
 	if err := os.WriteFile(filepath.Join(dir, "a"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	name := filepath.Join(dir, "s")
+	name := filepath.Join(helpertest.ShortDir(t), "s")
 	p := helpertest.Start(t, helpertest.Command{Path: "/usr/bin/prlimit", Args: append([]string{
 		limit, "setpriv", "--bounding-set", "-sys_resource",
 		helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
@@ -92,10 +92,10 @@ func TestFewDescriptors(t *testing.T) {
 // With too few descriptors for a single client it does not start.
 func TestNoDescriptors(t *testing.T) {
 	helpertest.NeedRoot(t)
-	dir := helpertest.ShortDir(t)
+	dir, names := helpertest.ShortDir(t), helpertest.ShortDir(t)
 	status, out := helpertest.Run(t, helpertest.Command{Path: "/usr/bin/prlimit", Args: []string{
 		"--nofile=64", "setpriv", "--bounding-set", "-sys_resource",
-		helpertest.Ours(t), "-n", "-p", dir, "-s", filepath.Join(dir, "s"), "-u", "0", "-g", "0",
+		helpertest.Ours(t), "-n", "-p", dir, "-s", filepath.Join(names, "s"), "-u", "0", "-g", "0",
 	}})
 	if status != 1 || !strings.Contains(out, "LimitNOFILE") {
 		t.Errorf("status %d, %q", status, out)
@@ -105,11 +105,13 @@ func TestNoDescriptors(t *testing.T) {
 // A limit of processes is looked at where the kernel holds to it: not for root.
 func TestFewThreads(t *testing.T) {
 	const limit = "--nproc=900"
-	dir := helpertest.ShortDir(t)
-	if err := os.Chown(dir, helpertest.Someone, helpertest.Someone); err != nil {
-		t.Fatal(err)
+	dir, names := helpertest.ShortDir(t), helpertest.ShortDir(t)
+	for _, d := range []string{dir, names} {
+		if err := os.Chown(d, helpertest.Someone, helpertest.Someone); err != nil {
+			t.Fatal(err)
+		}
 	}
-	name := filepath.Join(dir, "s")
+	name := filepath.Join(names, "s")
 	for options, warns := range map[string]bool{"--workers=64": true, "--max-connections=100": false} {
 		args := helpertest.AsSomeone(t, "", "prlimit", limit,
 			helpertest.Ours(t), "-n", "-p", dir, "-s", name, options)
