@@ -66,7 +66,8 @@ var dot, slash = [2]byte{'.'}, [2]byte{'/'}
 //go:noinline
 //go:nosplit
 func cloneChroot(r, w, export uintptr) (pid int, errno unix.Errno) {
-	p, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD)|unix.CLONE_FS, 0, 0, 0, 0, 0)
+	const flags = uintptr(unix.SIGCHLD) | unix.CLONE_FS
+	p, _, errno := unix.RawSyscall6(unix.SYS_CLONE, flags, 0, 0, 0, 0, 0)
 	if errno != 0 || p != 0 {
 		return int(p), errno
 	}

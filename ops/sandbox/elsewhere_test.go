@@ -90,7 +90,8 @@ func TestLauncherInUserNamespace(t *testing.T) {
 			} {
 				for _, st := range helpertest.Threads(t, pid) {
 					if got := threadCaps(t, st); got != want || st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" {
-						t.Errorf("%s: %x, want %x; NoNewPrivs %s, Seccomp %s", st["Name"], got, want, st["NoNewPrivs"], st["Seccomp"])
+						t.Errorf("%s: %x, want %x; NoNewPrivs %s, Seccomp %s",
+							st["Name"], got, want, st["NoNewPrivs"], st["Seccomp"])
 					}
 				}
 			}
@@ -191,7 +192,9 @@ func TestContainer(t *testing.T) {
 	c := helpertest.Dial(t, name)
 	makeAll(t, c, 1000, 0)
 	deep := deepPath(t, c)
-	for _, op := range []codec.Type{codec.Statfs, codec.Truncate, codec.Lgetxattr, codec.Llistxattr, codec.Lsetxattr, codec.Lremovexattr} {
+	for _, op := range []codec.Type{
+		codec.Statfs, codec.Truncate, codec.Lgetxattr, codec.Llistxattr, codec.Lsetxattr, codec.Lremovexattr,
+	} {
 		r := request(deep, 0)
 		r.Flags = 0
 		c.Want(unix.ENAMETOOLONG, op, r)

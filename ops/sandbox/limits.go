@@ -82,7 +82,8 @@ func pidsMax(root string) (limits []threadLimit) {
 		}
 		top := path.Join(root, "/sys/fs/cgroup", f[1])
 		for dir := path.Join("/", f[2]); ; dir = path.Dir(dir) {
-			limits = append(limits, threadLimit{readNumber(path.Join(top, dir, "pids.max")), remedy})
+			n := readNumber(path.Join(top, dir, "pids.max"))
+			limits = append(limits, threadLimit{n, remedy})
 			if dir == "/" {
 				break
 			}

@@ -49,7 +49,8 @@ func (c Config) OwnMountNamespace() error {
 // copyMounts tries what Start does with the export's mounts, where nothing is
 // mounted below: of what another user namespace owns only whole trees are copied.
 func copyMounts() error {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, "/proc/self/fd", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	const flags = unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC
+	fd, err := unix.OpenTree(unix.AT_FDCWD, "/proc/self/fd", flags)
 	if err == nil {
 		unix.Close(fd)
 	}

@@ -44,7 +44,8 @@ func (c *Config) fitLimits(log *logging.Log) error {
 	if c.MaxConnections < asked {
 		log.Warn("fewer VMs at once than --max-connections: more wait until one leaves",
 			"connections", c.MaxConnections, "asked", asked,
-			"error", fmt.Errorf("%d descriptors are allowed, %d may be needed: %s", allowed, needed, remedy))
+			"error", fmt.Errorf("%d descriptors are allowed, %d may be needed: %s",
+				allowed, needed, remedy))
 	}
 	if err := sandbox.Threads(c.threads()); err != nil {
 		log.Warn("the server may die if many VMs are slow to read answers", "error", err)
