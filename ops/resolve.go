@@ -53,7 +53,8 @@ func (at resolved) close() {
 
 // byName runs a system call that has no *at form, with a name that is good
 // for it. Beyond PATH_MAX the working directory is the place's meanwhile: as
-// all threads share one, this thread gets its own first.
+// all threads share one, this thread gets its own first; where a container
+// forbids that, the path is too long.
 func (c *Call) byName(path codec.CString, do func(name *byte) unix.Errno) unix.Errno {
 	at, errno := resolve(path)
 	if errno != 0 {
@@ -65,10 +66,14 @@ func (c *Call) byName(path codec.CString, do func(name *byte) unix.Errno) unix.E
 	defer at.close()
 	runtime.LockOSThread()
 	c.switched = true
-	if errno = unshareFS(); errno == 0 {
-		if errno = fchdir(at.dir); errno == 0 {
-			errno = do(at.name)
-		}
+	if errno = unshareFS(); errno == unix.EPERM {
+		errno = unix.ENAMETOOLONG
+	}
+	if errno == 0 {
+		errno = fchdir(at.dir)
+	}
+	if errno == 0 {
+		errno = do(at.name)
 	}
 	if chdir(root.Pointer()) != 0 {
 		c.Tainted = true

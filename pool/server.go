@@ -112,8 +112,7 @@ func NewServer(
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	records := m.Progress.Loops(m.Server)
-	loops := max(1, runtime.NumCPU()/2) // the other CPUs are the clients'
-	for i := range min(loops, len(records)) {
+	for i := range Loops() {
 		l, err := newLoop(s, &records[i])
 		if err != nil {
 			return nil, err
@@ -122,6 +121,10 @@ func NewServer(
 	}
 	return s, nil
 }
+
+// Loops returns the number of epoll loops of a server, which takes three
+// descriptors for each.
+func Loops() int { return min(progress.MaxLoops, max(1, runtime.NumCPU()/2)) } // the other CPUs are the clients'
 
 // Close ends the epoll loops of a server that has no connections any more.
 func (s *Server) Close() error {

@@ -2,29 +2,117 @@ package sandbox
 
 import (
 	"fmt"
+	"math"
+	"os"
+	"path"
+	"strconv"
+	"strings"
 
+	"github.com/moby/sys/user"
 	"golang.org/x/sys/unix"
 )
 
-// Descriptors sees to it that this process and those that it starts may have n
-// descriptors each. More than the hard limit is CAP_SYS_RESOURCE's to give, so
-// it is to be called before Keep.
-func Descriptors(n uint64) error {
+// Descriptors lets this process and those that it starts have n descriptors
+// each, or as many as the hard limit allows, and returns how many that are. More
+// than the hard limit takes CAP_SYS_RESOURCE, so it is to be called before
+// DropSupervisorPrivileges.
+func Descriptors(n uint64) (uint64, error) {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return fmt.Errorf("getrlimit: %w", err)
+		return 0, fmt.Errorf("getrlimit: %w", err)
 	}
-	had := limit
-	limit.Cur = max(limit.Cur, n)
-	limit.Max = max(limit.Max, n)
-	err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
-	if err == nil || had.Max >= n {
-		return err
+	more := unix.Rlimit{Cur: max(limit.Cur, n), Max: max(limit.Max, n)}
+	if unix.Setrlimit(unix.RLIMIT_NOFILE, &more) == nil {
+		return more.Cur, nil
 	}
-	had.Cur = had.Max
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
-		return err
+	limit.Cur = limit.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("setrlimit: %w", err)
 	}
-	return fmt.Errorf("%d descriptors are allowed, %d may be needed: raise the hard limit "+
-		"(ulimit -Hn; systemd: LimitNOFILE=) or lower --max-connections", had.Max, n)
+	return limit.Cur, nil
+}
+
+// Threads returns an error, with what raises the limit, if this process and
+// those that it starts may not have n threads. It looks at files of the host and
+// is to be called before DropSupervisorPrivileges, never by a server.
+func Threads(n uint64) error { return threads("", n) }
+
+// threads is Threads with the host's files below root.
+func threads(root string, n uint64) error {
+	limits := append(pidsMax(root), threadLimit{
+		readNumber(root + "/proc/sys/kernel/threads-max"), "sysctl kernel.threads-max",
+	})
+	var nproc unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &nproc); err == nil && !isHostRoot() {
+		limits = append(limits, threadLimit{
+			nproc.Cur, "ulimit -u, for all processes of this user; systemd: LimitNPROC=",
+		})
+	}
+	least := limits[0]
+	for _, l := range limits[1:] {
+		if l.threads < least.threads {
+			least = l
+		}
+	}
+	if least.threads >= n {
+		return nil
+	}
+	return fmt.Errorf("%d threads are allowed, %d may be needed: raise the limit (%s) or lower "+
+		"--max-connections and --workers", least.threads, n, least.raisedBy)
+}
+
+// threadLimit is a limit of threads, and what raises it.
+type threadLimit struct {
+	threads  uint64
+	raisedBy string
+}
+
+// pidsMax returns the limits of this process' cgroup and of those above it. In a
+// container only the lower ones are in sight.
+func pidsMax(root string) (limits []threadLimit) {
+	const remedy = "the cgroup's pids.max; systemd: TasksMax=, docker: --pids-limit"
+	b, err := os.ReadFile(root + "/proc/self/cgroup")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3) // number, controllers, path
+		if len(f) != 3 || f[1] != "" && f[1] != "pids" {
+			continue
+		}
+		top := path.Join(root, "/sys/fs/cgroup", f[1])
+		for dir := path.Join("/", f[2]); ; dir = path.Dir(dir) {
+			n := readNumber(path.Join(top, dir, "pids.max"))
+			limits = append(limits, threadLimit{n, remedy})
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return limits
+}
+
+// readNumber returns the number in a file, the highest one if there is none.
+func readNumber(name string) uint64 {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return math.MaxUint64
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil { // "max"
+		return math.MaxUint64
+	}
+	return n
+}
+
+// isHostRoot reports whether this process' user is the host's root, which the
+// kernel lets have any number of processes, and not an ordinary one or one that
+// is root only in a user namespace.
+func isHostRoot() bool {
+	uids, err := user.CurrentProcessUIDMap()
+	if err != nil {
+		return false
+	}
+	root, _ := user.IdentityMapping{UIDMaps: uids}.RootPair()
+	return os.Getuid() == 0 && root == 0
 }

@@ -94,14 +94,6 @@ func changeRoot(export int) error {
 	return errors.Join(unix.Chdir("/"), unix.Close(export))
 }
 
-// ownRoot gives this thread a root directory of its own.
-func ownRoot() error {
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return fmt.Errorf("unshare: %w", err)
-	}
-	return nil
-}
-
 // ownMounts gives this thread mounts of its own, with the process' own PID
 // namespace at /proc.
 func ownMounts() error {

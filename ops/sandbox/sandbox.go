@@ -6,10 +6,12 @@
 //
 //	sandbox.go      how strictly; the server's way in, step by step
 //	mounts.go       the export becomes the root: pivot_root in own namespaces, or chroot
+//	mountns.go      a mount namespace for root of a user namespace that has none
+//	chroot.go       the root of all threads is changed by another process
 //	caps.go         capabilities of both processes, on all threads
 //	seccomp.go      the filters of system calls, and who is told of a violation
 //	syscalls.go     the lists
-//	limits.go       descriptors
+//	limits.go       descriptors and threads
 //	userns.go       a user namespace, for a helper that is not started as root
 //
 // The supervisor calls Keep, once, then Start for each server and Supervise with
@@ -91,24 +93,31 @@ func (c Config) Enter(export int, log *slog.Logger) (*Inside, error) {
 	return in, nil
 }
 
-// enterSandbox changes the root and drops privileges. To do the latter on all threads,
-// the thread that does it needs a /proc where it finds them, when the others
-// have lost theirs: it gets a view of its own, and ends.
+// enterSandbox changes the root and drops privileges. The latter needs a /proc
+// that shows all threads, when they have lost theirs, or will: with namespaces
+// the thread that does it gets a view of its own, and ends; else another process
+// changes the root.
 func (c Config) enterSandbox(export int) error {
-	change, view := changeRoot, ownRoot
-	if c.Sandbox == SandboxNamespace {
-		// From here on nothing that is mounted or unmounted reaches the host.
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-			return needsNamespaces("make all mounts private", err)
+	if c.Sandbox == SandboxChroot {
+		change, err := chrootLater(export)
+		if err != nil {
+			return err
 		}
-		change, view = c.pivotRoot, ownMounts
+		if err := drop(serverCaps, serverCaps, nil); err != nil {
+			return err // and the other process ends with this one
+		}
+		return change()
+	}
+	// From here on nothing that is mounted or unmounted reaches the host.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return needsNamespaces("make all mounts private", err)
 	}
 	return onThreadThatEnds(func() error {
-		if err := view(); err != nil {
+		if err := ownMounts(); err != nil {
 			return err
 		}
 		done := make(chan error)
-		go func() { done <- change(export) }()
+		go func() { done <- c.pivotRoot(export) }()
 		if err := <-done; err != nil {
 			return err
 		}

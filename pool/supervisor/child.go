@@ -81,6 +81,14 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 		Control: theirs, Inflight: memory.file, Progress: sv.progressFile, Program: program,
 	}.Extra()
 	started := sv.newLoops(sv.number)
+	null, err := openNull()
+	if err != nil {
+		control.Close()
+		memory.release()
+		return nil, err
+	}
+	defer null.Close()
+	cmd.Stdin = null
 	pipes, err := sv.log.ServerPipes(cmd)
 	if err != nil {
 		control.Close()

@@ -24,6 +24,11 @@ func (c *Config) Start(foreground bool) error {
 	if err := cleanEnvironment(); err != nil {
 		return err
 	}
+	if os.Geteuid() == 0 && !Rootless() {
+		if err := c.Sandbox.OwnMountNamespace(); err != nil {
+			return err
+		}
+	}
 	// Whatever descriptors the caller left open end with the next exec.
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
 		return fmt.Errorf("close_range: %w", err)
@@ -104,10 +109,6 @@ func (c *Config) RunDetached() error {
 	}
 	return err
 }
-
-// descriptors is how many a process may need: one for each connection, a few
-// for each request in the file system, and what it has anyway.
-func (c *Config) descriptors() uint64 { return uint64(c.MaxConnections + 4*c.Workers + 64) }
 
 // executable is the name of the program that runs, as it was at the start.
 var executable, executableErr = os.Executable()

@@ -33,6 +33,12 @@ func detach(cmd *exec.Cmd, conn *os.File) error {
 	if conn != nil {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, conn)
 	}
+	null, err := openNull()
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()
 	w.Close()

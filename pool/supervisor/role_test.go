@@ -108,14 +108,16 @@ func TestDaemonEnvironment(t *testing.T) {
 // An ordinary user's, too: the command in its user namespace and the server.
 func TestRootlessEnvironment(t *testing.T) {
 	t.Parallel()
-	dir := helpertest.ShortDir(t)
-	if err := os.Chown(dir, helpertest.Someone, helpertest.Someone); err != nil {
-		t.Fatal(err)
+	dir, export := helpertest.ShortDir(t), helpertest.ShortDir(t)
+	for _, d := range []string{dir, export} {
+		if err := os.Chown(d, helpertest.Someone, helpertest.Someone); err != nil {
+			t.Fatal(err)
+		}
 	}
 	id := strconv.Itoa(helpertest.Someone)
 	args := helpertest.WithSomeone(t, "someone:700000:65536\n", "setpriv", "--pdeathsig", "TERM",
 		"--reuid", id, "--regid", id, "--clear-groups", "--",
-		helpertest.Ours(t), "-n", "-p", dir, "-s", filepath.Join(dir, "s"), "--pidfile", filepath.Join(dir, "pid"))
+		helpertest.Ours(t), "-n", "-p", export, "-s", filepath.Join(dir, "s"), "--pidfile", filepath.Join(dir, "pid"))
 	env := slices.Concat(callers[:5], callers[10:]) // without those that setpriv itself ends by
 	p := helpertest.Start(t, helpertest.Command{Path: "/usr/bin/" + args[0], Args: args[1:], Env: env})
 	helpertest.AwaitName(t, p, filepath.Join(dir, "s"))

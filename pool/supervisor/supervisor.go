@@ -19,6 +19,8 @@
 //	role.go        which process this is, and its environment
 //	daemon.go      detached from the caller, who is told how the start went
 //	terminal.go    the signals, and what a terminal's end means
+//	limits.go      how many connections there are descriptors for
+//	null.go        /dev/null, or a file in its place
 package supervisor
 
 import (
@@ -187,8 +189,8 @@ func (c *Config) supervise(around surroundings) error {
 			return err
 		}
 	}
-	if err := sandbox.Descriptors(c.descriptors()); err != nil {
-		log.Warn("VMs may be told EMFILE", "error", err)
+	if err := c.fitLimits(log); err != nil {
+		return err
 	}
 	signals := catchSignals()
 
