@@ -13,22 +13,24 @@ import (
 
 // Start starts a server: cmd.Start, in new namespaces, with the supervisor's whole
 // privileges. The server finds its export behind the files that cmd has
-// already. dir is the exported directory.
+// already. dir is the exported directory, and m what MountsOf has just returned
+// for it.
 //
 // A thread of a process can't change namespaces for all others, so a server is
 // made in its own. Mounts can't be copied out of another namespace by
 // descriptor: the copy is made here, and is nowhere until the server puts it
 // in its place.
-func (c Config) Start(cmd *exec.Cmd, dir *os.File) error {
+func (c Config) Start(cmd *exec.Cmd, dir *os.File, m *Mounts) error {
+	if err := c.check(dir, m); err != nil {
+		return err
+	}
 	return c.withCaps(func() error {
 		export := dir
 		if c.Sandbox == SandboxNamespace {
-			tree, err := unix.OpenTree(int(dir.Fd()), "", unix.OPEN_TREE_CLONE|
-				unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)
-			if err != nil {
-				return needsNamespaces("copy the export's mounts", err)
+			var err error
+			if export, err = copyExport(dir, m); err != nil {
+				return err
 			}
-			export = os.NewFile(uintptr(tree), "export")
 			defer export.Close()
 			if cmd.SysProcAttr == nil {
 				cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -45,21 +47,53 @@ func (c Config) Start(cmd *exec.Cmd, dir *os.File) error {
 	})
 }
 
-// pivotRoot makes the export's mounts, which Start has copied, the only ones.
+// copyExport returns a detached copy of a directory's mounts; a pipe, where that is
+// gone and the server makes something else its root.
+func copyExport(dir *os.File, m *Mounts) (*os.File, error) {
+	if m.Gone {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return nil, err
+		}
+		w.Close()
+		return r, nil
+	}
+	tree, err := unix.OpenTree(int(dir.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)
+	if err != nil {
+		return nil, needsNamespaces("copy the export's mounts", err)
+	}
+	return os.NewFile(uintptr(tree), "export"), nil
+}
+
+// pivotRoot makes the export's mounts, which Start has copied, the only ones. What
+// is mounted on the host later on never comes in: the copy is private.
 //
 // The server itself executes nothing, opens no device and trusts no setuid
-// file: its copy of the mounts forbids all three, whatever the host's say. What
-// the host mounts below the export later on appears here as well, as the
-// mounts are slaves of the host's; unless they are to be read-only, which
-// those would not be.
+// file: its copy of the mounts forbids all three, whatever the host's say.
 func (c Config) pivotRoot(export int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(export, &st); err != nil {
+		return err
+	}
+	cover := func() error { return coverMounts(export) }
+	finish := func() error { return nil }
+	if st.Mode&unix.S_IFMT == unix.S_IFIFO {
+		b, err := mountBlanks()
+		if err != nil {
+			return needsNamespaces("mount a directory in place of the export", err)
+		}
+		unix.Close(export)
+		if export, err = b.clone(blankGone); err != nil {
+			return err
+		}
+		cover, finish = finish, b.removeGone
+	}
 	attr := &unix.MountAttr{
 		Attr_set:    unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC,
-		Propagation: unix.MS_SLAVE,
+		Propagation: unix.MS_PRIVATE,
 	}
 	if c.ReadOnly {
 		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
-		attr.Propagation = unix.MS_PRIVATE
 	}
 	for _, step := range []struct {
 		what string
@@ -71,11 +105,13 @@ func (c Config) pivotRoot(export int) error {
 		{"mount the export", func() error {
 			return unix.MoveMount(export, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}},
+		{"cover mounts below the export", cover},
 		{"chdir to the export", func() error { return unix.Fchdir(export) }},
 		// The old root comes to lie on the new one, and goes.
 		{"pivot_root", func() error { return unix.PivotRoot(".", ".") }},
 		{"unmount all but the export", func() error { return unix.Unmount(".", unix.MNT_DETACH) }},
 		{"chdir", func() error { return unix.Chdir("/") }},
+		{"remove the directory in place of the export", finish},
 	} {
 		if err := step.do(); err != nil {
 			return needsNamespaces(step.what, err)

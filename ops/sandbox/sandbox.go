@@ -8,6 +8,9 @@
 //	mounts.go       the export becomes the root: pivot_root in own namespaces, or chroot
 //	mountns.go      a mount namespace for root of a user namespace that has none
 //	chroot.go       the root of all threads is changed by another process
+//	mountinfo.go    the export's mounts, as the kernel lists them
+//	covers.go       what is mounted on those that guests must not reach
+//	filesystems.go  which those are
 //	caps.go         capabilities of both processes, on all threads
 //	seccomp.go      the filters of system calls, and who is told of a violation
 //	syscalls.go     the lists

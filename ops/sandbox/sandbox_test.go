@@ -258,8 +258,8 @@ func TestChroot(t *testing.T) {
 	})
 }
 
-// What the host mounts below the export while it is served appears in it, as
-// with the C helper; what the server does to its mounts stays with it.
+// What the host mounts and unmounts below the export while it is served is seen
+// soon; what the server does to its mounts stays with it.
 func TestMountsComeOneWay(t *testing.T) {
 	dir := export(t)
 	mount(t, dir)
@@ -287,11 +287,16 @@ func TestMountsComeOneWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := helpertest.Dial(t, name)
-	c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/sub/late")})
+	is := func(want unix.Errno) func() bool {
+		return func() bool {
+			return c.Do(codec.Lstat, codec.Request{Path: helpertest.Path("/sub/late")}).Errno == want
+		}
+	}
+	helpertest.Eventually(t, "the mount appears", is(0))
 	if err := unix.Unmount(sub, 0); err != nil {
 		t.Errorf("the server keeps what the host unmounts: %v", err)
 	}
-	c.Want(unix.ENOENT, codec.Lstat, codec.Request{Path: helpertest.Path("/sub/late")})
+	helpertest.Eventually(t, "the mount goes", is(unix.ENOENT))
 	p.Signal(syscall.SIGTERM)
 	p.Wait()
 	if after := hosts(); !slices.Equal(after, before) {

@@ -53,7 +53,11 @@ func (s *server) kill() {
 }
 
 // startServer starts a server and waits until it can serve.
-func (sv *supervisor) startServer(program *os.File) (*server, error) {
+func (sv *supervisor) startServer(program, export *os.File) (*server, error) {
+	mounts, err := sv.lookAtMounts(export)
+	if err != nil {
+		return nil, err
+	}
 	cmd := &exec.Cmd{
 		Path: fmt.Sprintf("/proc/self/fd/%d", ipc.ProgramFD),
 		Args: []string{ipc.ServerName, sv.Path},
@@ -97,7 +101,7 @@ func (sv *supervisor) startServer(program *os.File) (*server, error) {
 	}
 	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := sv.Sandbox.Start(cmd, sv.export); err != nil {
+	if err := sv.Sandbox.Start(cmd, export, mounts); err != nil {
 		control.Close()
 		memory.release()
 		pipes.Close()

@@ -133,7 +133,12 @@ func openExport(path string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--path: export %s: %w", path, err)
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	export := os.NewFile(uintptr(fd), path)
+	if err := sandbox.CheckExport(export); err != nil {
+		export.Close()
+		return nil, err
+	}
+	return export, nil
 }
 
 func checkConn(fd int) error {

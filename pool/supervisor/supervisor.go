@@ -21,6 +21,7 @@
 //	terminal.go    the signals, and what a terminal's end means
 //	limits.go      how many connections there are descriptors for
 //	null.go        /dev/null, or a file in its place
+//	mounts.go      the host's mounts below the export: watched, covered in servers
 package supervisor
 
 import (
@@ -28,6 +29,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -92,7 +94,8 @@ type surroundings struct {
 type supervisor struct {
 	Config
 	surroundings
-	export *os.File // the directory, O_PATH: each server gets the same one
+	// export is the directory, O_PATH, that --path was last resolved to.
+	export atomic.Pointer[os.File]
 	name   *socketName
 	events chan any  // accepted, moved, childMessage, ended, started, overdue or retry
 	moves  chan move // for the mover; has room for all
@@ -106,10 +109,13 @@ type supervisor struct {
 	free     []uint32      // numbers
 	room     chan struct{} // a place for each connection that may come
 	servers  map[*server]bool
-	program  *os.File // that servers are started from
-	current  *server  // takes connections; nil while there is none
-	starting bool     // a server is being started
-	renew    bool     // SIGHUP has come meanwhile
+	program  *os.File        // that servers are started from
+	current  *server         // takes connections; nil while there is none
+	starting bool            // a server is being started
+	renew    bool            // SIGHUP has come meanwhile
+	remount  bool            // mounts below the export have changed meanwhile
+	covered  map[string]bool // mounts that the log has told of; lookAtMounts alone uses it
+	gone     bool            // the log has told that the export is gone; lookAtMounts alone uses it
 	pause    time.Duration
 
 	stopping bool
@@ -149,7 +155,8 @@ type (
 	started struct {
 		server  *server
 		program *os.File
-		renewed bool
+		export  *os.File
+		renewed bool // program and export are new
 		err     error
 	}
 	overdue struct{ server *server } // handing over
@@ -197,12 +204,15 @@ func (c *Config) supervise(around surroundings) error {
 	sv := &supervisor{
 		Config:       *c,
 		surroundings: around,
-		export:       export,
 		events:       make(chan any),
 		conns:        make(map[uint32]*conn),
 		room:         make(chan struct{}, c.MaxConnections),
 		moves:        make(chan move, c.MaxConnections),
 		servers:      make(map[*server]bool),
+	}
+	sv.export.Store(export)
+	if err := sv.absolutePath(); err != nil {
+		return err
 	}
 	for id := range uint32(c.MaxConnections) {
 		sv.free = append(sv.free, uint32(c.MaxConnections)-1-id)
@@ -233,8 +243,15 @@ func (c *Config) supervise(around surroundings) error {
 	if err := c.Sandbox.DropSupervisorPrivileges(); err != nil {
 		return err
 	}
-	if sv.current, err = sv.startServer(sv.program); err != nil {
+	mounts, err := sandbox.MountsOf(export)
+	if err != nil {
 		return err
+	}
+	if sv.current, err = sv.startServer(sv.program, export); err != nil {
+		return err
+	}
+	if c.Sandbox.Sandbox == sandbox.SandboxNamespace {
+		go sv.watchMounts(mounts)
 	}
 	sv.servers[sv.current] = true
 	defer sv.killServers() // whatever the reason, none is left
@@ -328,6 +345,12 @@ func (sv *supervisor) handle(event any) {
 		<-sv.room
 	case overdue:
 		sv.endOverdue(e.server)
+	case mountsChanged:
+		if !sv.stopping {
+			sv.log.Info("mounts below the export have changed: all connections go to a server that has them")
+			sv.remount = true
+			sv.start(0)
+		}
 	case retry:
 		if c := sv.conns[e.id]; c != nil && c.server == nil {
 			sv.assign(e.id, c)
@@ -426,18 +449,20 @@ func (sv *supervisor) start(pause time.Duration) {
 		return
 	}
 	sv.starting = true
-	program, renewed := sv.program, sv.renew
-	sv.renew = false
+	program, export, renewed := sv.program, sv.export.Load(), sv.renew
+	sv.renew, sv.remount = false, false
 	time.AfterFunc(pause, func() {
 		var err error
 		if renewed {
-			program, err = openProgram(executable)
+			if program, err = openProgram(executable); err == nil {
+				export, err = sv.resolveExport()
+			}
 		}
 		var s *server
 		if err == nil {
-			s, err = sv.startServer(program)
+			s, err = sv.startServer(program, export)
 		}
-		sv.events <- started{s, program, renewed, err}
+		sv.events <- started{s, program, export, renewed, err}
 	})
 }
 
@@ -448,7 +473,13 @@ func (sv *supervisor) serverStarted(e started) {
 		if e.program != nil {
 			e.program.Close()
 		}
+		if e.export != nil && e.export != sv.export.Load() {
+			e.export.Close()
+		}
 		sv.log.Error("the new server does not start: the old one stays", "error", e.err)
+	case e.err != nil && sv.current != nil && !sv.stopping:
+		sv.log.Error("no server with the mounts of now starts: the old one stays", "error", e.err, "pause", maxPause)
+		time.AfterFunc(maxPause, func() { sv.events <- mountsChanged{} })
 	case e.err != nil && sv.stopping:
 		sv.stopped = e.err
 	case e.err != nil:
@@ -458,6 +489,7 @@ func (sv *supervisor) serverStarted(e started) {
 		if e.renewed {
 			sv.program.Close()
 			sv.program = e.program
+			sv.export.Swap(e.export).Close()
 		}
 		old := sv.current
 		sv.current = e.server
@@ -477,7 +509,7 @@ func (sv *supervisor) serverStarted(e started) {
 			e.server.end(ipc.Stop)
 		}
 	}
-	if !sv.stopping && (sv.current == nil || sv.renew) {
+	if !sv.stopping && (sv.current == nil || sv.renew || sv.remount) {
 		sv.start(sv.pause)
 	}
 }
