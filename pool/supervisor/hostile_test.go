@@ -17,6 +17,7 @@ import (
 
 	"virtfs-proxy-helper/bench/helpertest"
 	"virtfs-proxy-helper/codec"
+	"virtfs-proxy-helper/pool/ipc"
 )
 
 // step is what a hostile server does: it receives Await messages and sends
@@ -79,6 +80,11 @@ func beHostile(dir string) error {
 	}
 	var script []step
 	if err := errors.Join(os.Remove(filepath.Join(dir, scriptName)), json.Unmarshal(b, &script)); err != nil {
+		return err
+	}
+	// All that it says after that is hostile.
+	hello := []byte{byte(ipc.Hello), ipc.Version}
+	if err := unix.Sendmsg(controlFD, hello, nil, nil, unix.MSG_NOSIGNAL); err != nil {
 		return err
 	}
 	conn, msg := []byte{0xff, 0xff, 0xff, 0xff}, make([]byte, 1<<16)
@@ -218,7 +224,7 @@ func (h *hostile) settled(t *testing.T) int {
 }
 
 var (
-	asReady  = step{Await: 1, Send: "r", Times: 1} // its configuration has come
+	asReady  = step{Await: 2, Send: "r", Times: 1} // hello and its configuration have come
 	withConn = step{Await: 1}
 )
 
