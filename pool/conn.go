@@ -24,6 +24,7 @@ type conn struct {
 	loop *loop  // where it rests
 	id   uint32 // the supervisor's number of its slot
 	fd   int
+	raw  bool           // no descriptor can come with what is received
 	slot *inflight.Slot // what has been received and is in work
 
 	progress *progress.Conn // since when something is in work, for the supervisor
@@ -123,7 +124,7 @@ func (c *conn) take() outcome {
 // visit is what comes of bytes on a loop: it serves what there is, with the
 // loop's buffers.
 func (c *conn) visit(t *turn) outcome {
-	switch n := received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT)); {
+	switch n := received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT, c.raw)); {
 	case n == 0:
 		return idle
 	case n < 0:

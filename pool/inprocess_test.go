@@ -190,7 +190,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Add(theirs, 0, 1); err != nil {
+	if err := s.Add(theirs, 0, 1, true); err != nil {
 		t.Fatal(err)
 	}
 	type result struct {
@@ -220,7 +220,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 			s.Close()
 			if !ended() {
 				s = newInProcess(t)
-				if err := s.Add(keeps, 0, 1); err != nil {
+				if err := s.Add(keeps, 0, 1, true); err != nil {
 					t.Fatal(err)
 				}
 				keeps = -1
@@ -297,7 +297,7 @@ func TestCollectedGarbage(t *testing.T) {
 		if err := unix.SetsockoptTimeval(ours, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Add(theirs, id, uint64(id)); err != nil {
+		if err := s.Add(theirs, id, uint64(id), true); err != nil {
 			t.Fatal(err)
 		}
 		clients.Go(func() {
@@ -341,6 +341,104 @@ func TestCollectedGarbage(t *testing.T) {
 	clients.Wait()
 	<-s.Empty()
 	s.Close()
+}
+
+// A client passes a descriptor whose last close waits: that of a TCP connection
+// with unsent bytes and SO_LINGER. The kernel drops it in the call that receives.
+// Where that can't be forbidden the connection's own thread waits there, and
+// nobody else, not even when the world is stopped.
+func TestPassedDescriptorWaits(t *testing.T) {
+	if !ownProcess(t) {
+		return
+	}
+	s := newInProcess(t)
+	add := func(id uint32, raw bool) (client int) {
+		if err := inflight.Clear(host().file, id); err != nil {
+			t.Fatal(err)
+		}
+		ours, theirs := socketPair(t)
+		if err := s.Add(theirs, id, uint64(id), raw); err != nil {
+			t.Fatal(err)
+		}
+		return ours
+	}
+	hostile, other := add(0, false), add(1, true)
+	lingering, peer := lingeringSocket(t)
+	request := (&codec.Request{Path: codec.CString("/\x00")}).Append(nil, codec.Lstat)
+	if err := unix.Sendmsg(hostile, request[:1], unix.UnixRights(lingering), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(lingering)
+	answer := make([]byte, codec.HeaderSize+codec.StatSize)
+	for range 20 {
+		if _, err := unix.Write(other, request); err != nil {
+			t.Fatal(err)
+		}
+		readAll(t, other, answer)
+		runtime.GC()
+	}
+	unix.Close(peer) // which resets the connection, and ends the wait
+	if _, err := unix.Write(hostile, request[1:]); err != nil {
+		t.Fatal(err)
+	}
+	readAll(t, hostile, answer)
+	unix.Close(hostile)
+	unix.Close(other)
+	<-s.Empty()
+	s.Close()
+}
+
+// readAll fills b from a socket within patience.
+func readAll(t *testing.T, fd int, b []byte) {
+	t.Helper()
+	tv := unix.NsecToTimeval(patience.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; n < len(b); {
+		m, err := unix.Read(fd, b[n:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil || m == 0 {
+			t.Fatalf("no answer: %d, %v", m, err)
+		}
+		n += m
+	}
+}
+
+// lingeringSocket returns a socket whose last close waits until peer, the other
+// end of its connection, is closed.
+func lingeringSocket(t *testing.T) (fd, peer int) {
+	t.Helper()
+	check := func(err error) {
+		if err != nil {
+			t.Helper()
+			t.Fatal(err)
+		}
+	}
+	listener, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	check(err)
+	defer unix.Close(listener)
+	check(unix.Bind(listener, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	check(unix.Listen(listener, 1))
+	address, err := unix.Getsockname(listener)
+	check(err)
+	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	check(err)
+	check(unix.Connect(fd, address))
+	peer, _, err = unix.Accept4(listener, unix.SOCK_CLOEXEC)
+	check(err)
+	check(unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 600}))
+	check(unix.SetNonblock(fd, true))
+	for err == nil { // until nothing more fits
+		_, err = unix.Write(fd, make([]byte, 1<<16))
+	}
+	if err != unix.EAGAIN {
+		t.Fatal(err)
+	}
+	check(unix.SetNonblock(fd, false)) // else close does not wait
+	return fd, peer
 }
 
 // pinToOneCPU lets all threads of the process, and those to come, share a CPU

@@ -59,8 +59,8 @@ func Run() error {
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	handOver, err := control.Serve(func(fd int, id uint32, number uint64) error {
-		err := server.Add(fd, id, number)
+	handOver, err := control.Serve(func(fd int, id uint32, number uint64, raw bool) error {
+		err := server.Add(fd, id, number, raw)
 		if err != nil {
 			log.Error("connection refused", "connection", number, "error", err)
 		}

@@ -137,9 +137,11 @@ func (s *Server) Close() error {
 
 // Add serves a connected stream socket, which the server owns from now on.
 // What another server has left of it is in its slot of the in-flight memory,
-// which is id. number is what the log calls it.
-func (s *Server) Add(fd int, id uint32, number uint64) error {
-	c := &conn{srv: s, id: id, number: number, fd: fd, pace: newPace(),
+// which is id. number is what the log calls it. raw promises that no descriptors
+// can come by it: the last close of one may wait, which must not happen in a call
+// that the scheduler does not see.
+func (s *Server) Add(fd int, id uint32, number uint64, raw bool) error {
+	c := &conn{srv: s, id: id, number: number, fd: fd, raw: raw, pace: newPace(),
 		loop: s.loops[int(id)%len(s.loops)],
 		slot: s.inflight.Slot(id), progress: s.progress.Conn(id)}
 	if c.slot == nil || c.progress == nil {

@@ -50,7 +50,9 @@ func (c *conn) await() int {
 	}
 	p := &c.pace
 	n := 0
-	if p.busy && c.takeSeat(0) {
+	if p.busy && !c.raw {
+		n = c.sleep()
+	} else if p.busy && c.takeSeat(0) {
 		if p.spins() && c.srv.crowd.thin() {
 			n = c.spin()
 			p.spun(n)
@@ -77,7 +79,7 @@ func (c *conn) await() int {
 func (c *conn) spin() int {
 	for until := nanotime() + spinFor.Nanoseconds(); ; {
 		for range 8 {
-			if n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT); errno != unix.EAGAIN {
+			if n, errno := c.slot.Receive(c.fd, unix.MSG_DONTWAIT, c.raw); errno != unix.EAGAIN {
 				return received(n, errno)
 			}
 		}
@@ -89,7 +91,7 @@ func (c *conn) spin() int {
 
 func (c *conn) sleep() int {
 	// At EINTR the runtime wants this thread to stop: it can, in doze.
-	n, errno := c.slot.Receive(c.fd, 0)
+	n, errno := c.slot.Receive(c.fd, 0, c.raw)
 	if errno == unix.EAGAIN {
 		c.pace.busy = false
 	}
@@ -102,7 +104,7 @@ func (c *conn) doze() int {
 		return 0
 	}
 	c.pace.busy = nanotime()-began < sleepFor.Nanoseconds()
-	return received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT))
+	return received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT, c.raw))
 }
 
 // received returns what comes of a receive: a client has left at the end of its
@@ -153,6 +155,9 @@ func (c *crowd) thin() bool { return c.busy.Load() <= c.spin }
 // takeSeat makes sure that the connection may sleep, and tells whether so many
 // others still could. It keeps the seat until its turn ends, or giveSeat.
 func (c *conn) takeSeat(others int32) bool {
+	if !c.raw {
+		return false
+	}
 	seats := &c.srv.crowd.seats
 	if c.seat {
 		return seats.Load() >= others
@@ -252,7 +257,7 @@ func (s *Server) loopServes(c *conn, now int64) bool {
 	switch {
 	case !crowd.much && (now >= crowd.lately || len(s.turns) < int(crowd.parts)):
 		return false
-	case !c.recovered, now < c.apart, now < crowd.apart:
+	case !c.raw, !c.recovered, now < c.apart, now < crowd.apart:
 		return false
 	case c.counted == crowd.counted && !c.minor.Load():
 		return false

@@ -82,7 +82,8 @@ var filesystems = func() map[string]filesystem {
 	}
 	const allowed = `
 		9p adfs affs afs apfs aufs autofs bcachefs beegfs befs bfs btrfs ceph cifs coda cramfs
-		ecryptfs efs erofs esdfs exfat exfat-fuse exfs ext2 ext3 ext4 f2fs fhgfs freevxfs fuse fuseblk
+		ecryptfs efs erofs esdfs exfat exfat-fuse exfs ext2 ext3 ext4 f2fs fhgfs freevxfs
+		fuse fuseblk
 		gfs2 gpfs hfs hfsplus hmdfs hostfs hpfs incremental-fs isofs iso9660 jffs2 jfs lustre
 		minix mmfs msdos ncpfs nfs nfs4 nilfs2 ntfs ntfs3 ntfsplus ocfs2 omfs orangefs overlay panfs
 		prl_fs pvfs2 qnx4 qnx6 ramfs reiser4 reiserfs romfs rootfs sdcardfs shiftfs smb3 smbfs

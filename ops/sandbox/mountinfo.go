@@ -167,7 +167,8 @@ func (c Config) check(dir *os.File, m *Mounts) error {
 			return needsFiles(dir, i.FSType)
 		}
 		if c.Sandbox != SandboxNamespace {
-			return fmt.Errorf("--sandbox=%s can't cover the mount of %s at %q, through which guests "+
+			return fmt.Errorf("--sandbox=%s can't cover the mount of %s at %q, "+
+				"through which guests "+
 				"would reach the host: unmount it, or use --sandbox=namespace",
 				c.Sandbox, i.FSType, i.Mountpoint)
 		}

@@ -236,14 +236,22 @@ func (s *Slot) prepare() {
 func address[T any](p *T) uintptr { return uintptr(unsafe.Pointer(p)) }
 
 // Receive is recv(2): it returns how many bytes have come, 0 at the end of the
-// stream. It is a raw call: it does not announce itself to the scheduler, so
-// the thread keeps its processor while it waits.
+// stream. There is no room for descriptors: the kernel drops what is passed, on
+// this thread and before it returns.
 //
-// The rules for a raw call that waits: it ends on a signal, and what follows
-// is a point where the goroutine can be stopped.
-func (s *Slot) Receive(fd int, flags int) (int, unix.Errno) {
+// With raw the call does not announce itself to the scheduler, so the thread
+// keeps its processor while it waits. The rules for a raw call that waits: it
+// ends on a signal, and what follows is a point where the goroutine can be
+// stopped. The last close of a dropped descriptor may wait and keeps neither: raw
+// is for sockets that take no descriptors (SO_PASSRIGHTS).
+func (s *Slot) Receive(fd int, flags int, raw bool) (int, unix.Errno) {
 	m := s.room()
-	if n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), address(m), 1, uintptr(flags), 0, 0); errno != 0 || n == 0 {
+	call := unix.Syscall6
+	if raw {
+		call = unix.RawSyscall6
+	}
+	n, _, errno := call(unix.SYS_RECVMMSG, uintptr(fd), address(m), 1, uintptr(flags), 0, 0)
+	if errno != 0 || n == 0 {
 		return -1, errno
 	}
 	return int(m.count.len), 0

@@ -61,7 +61,7 @@ func write(t *testing.T, fd int, b []byte) {
 
 func receive(t *testing.T, s *Slot, fd, want int) {
 	t.Helper()
-	if n, errno := s.Receive(fd, unix.MSG_DONTWAIT); n != want || errno != 0 {
+	if n, errno := s.Receive(fd, unix.MSG_DONTWAIT, true); n != want || errno != 0 {
 		t.Fatalf("received %d, %v, want %d", n, errno, want)
 	}
 }
@@ -198,7 +198,7 @@ func TestFramesThroughTheInbox(t *testing.T) {
 		}
 	}()
 	for served := 0; served < len(sizes); {
-		if n, errno := s.Receive(fd, 0); n == 0 || errno != 0 && errno != unix.EAGAIN && errno != unix.EINTR {
+		if n, errno := s.Receive(fd, 0, true); n == 0 || errno != 0 && errno != unix.EAGAIN && errno != unix.EINTR {
 			t.Fatal(n, errno)
 		}
 		for {
@@ -335,7 +335,7 @@ func serveDamaged(t *testing.T, headWords []uint32, inbox []byte) {
 		if _, err := unix.Write(client, good); err != nil {
 			t.Fatal(err)
 		}
-		if n, errno := s.Receive(fd, unix.MSG_DONTWAIT); n <= 0 || errno != 0 {
+		if n, errno := s.Receive(fd, unix.MSG_DONTWAIT, true); n <= 0 || errno != 0 {
 			t.Fatalf("received %d, %v", n, errno)
 		}
 		served++
@@ -408,7 +408,7 @@ func TestMemory(t *testing.T) {
 	long := lstat(string(make([]byte, 65000)))
 	go unix.Write(client, long)
 	for s.Pending() < len(long) {
-		if n, errno := s.Receive(fd, 0); n == 0 || errno != 0 && errno != unix.EAGAIN && errno != unix.EINTR {
+		if n, errno := s.Receive(fd, 0, true); n == 0 || errno != 0 && errno != unix.EAGAIN && errno != unix.EINTR {
 			t.Fatal(n, errno)
 		}
 	}

@@ -32,7 +32,7 @@ const Hello Kind = 'v'
 // To the server.
 const (
 	Config   Kind = 'C' // the second message: what to serve, in JSON
-	Conn     Kind = 'c' // serve connection u32, u64 in the log, with its descriptor
+	Conn     Kind = 'c' // serve connection u32, u64 in the log, 1 if raw, with its descriptor
 	Stop     Kind = 's' // end all connections and leave
 	HandOver Kind = 'h' // give all connections back and leave
 	Ping     Kind = 'p' // let each loop count in pool/progress
@@ -136,9 +136,12 @@ func (c *Control) Shutdown() {
 // RefuseDescriptors has the kernel refuse what the other side attaches to its
 // messages from now on, where it can (Linux 6.16): a descriptor may be one whose
 // last close waits, and whoever drops it waits then.
-func (c *Control) RefuseDescriptors() {
-	const soPassRights = 83
-	c.use(func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, soPassRights, 0) })
+func (c *Control) RefuseDescriptors() { c.use(RefuseDescriptors) }
+
+// RefuseDescriptors is the same for any unix socket; those that a listener makes
+// are as it is. What was sent before can still be received.
+func RefuseDescriptors(fd int) error {
+	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSRIGHTS, 0)
 }
 
 // use calls f with the descriptor, which stays what it is until f returns, even
@@ -177,11 +180,16 @@ func (c *Control) SendConn(k Kind, id uint32, fd, flags int) error {
 	return c.Send(k, binary.NativeEndian.AppendUint32(nil, id), oob, flags)
 }
 
-// SendNewConn gives the server a connection: its slot, its number in the log and
-// its descriptor.
-func (c *Control) SendNewConn(id uint32, number uint64, fd, flags int) error {
+// SendNewConn gives the server a connection: its slot, its number in the log,
+// whether no descriptors can come by it (RefuseDescriptors), and its descriptor.
+func (c *Control) SendNewConn(id uint32, number uint64, raw bool, fd, flags int) error {
 	body := binary.NativeEndian.AppendUint32(nil, id)
 	body = binary.NativeEndian.AppendUint64(body, number)
+	if raw {
+		body = append(body, 1)
+	} else {
+		body = append(body, 0)
+	}
 	return c.Send(Conn, body, unix.UnixRights(fd), flags)
 }
 
@@ -197,7 +205,7 @@ type Message struct {
 
 // Conn returns the connection that the message is about.
 func (m Message) Conn() (id uint32, ok bool) {
-	if len(m.Body) != 4 && (m.Kind != Conn || len(m.Body) != 12) {
+	if len(m.Body) != 4 && (m.Kind != Conn || len(m.Body) != 13) {
 		return 0, false
 	}
 	return binary.NativeEndian.Uint32(m.Body), true
@@ -205,11 +213,14 @@ func (m Message) Conn() (id uint32, ok bool) {
 
 // Number returns the number in the log of a connection that is to be served.
 func (m Message) Number() uint64 {
-	if len(m.Body) != 12 {
+	if len(m.Body) != 13 {
 		return 0
 	}
 	return binary.NativeEndian.Uint64(m.Body[4:])
 }
+
+// Raw returns whether no descriptors can come by the connection of a Conn.
+func (m Message) Raw() bool { return len(m.Body) == 13 && m.Body[12] == 1 }
 
 // Close closes the descriptor, if there is one.
 func (m Message) Close() {
@@ -379,7 +390,7 @@ func (c *Control) SendGone(id uint32, ended bool) error {
 // when asked to, until the supervisor asks for the end (nil), in one way or the
 // other, or is gone (io.EOF). A connection that add fails for is refused.
 func (c *Control) Serve(
-	add func(fd int, id uint32, number uint64) error, ping func(),
+	add func(fd int, id uint32, number uint64, raw bool) error, ping func(),
 ) (handOver bool, err error) {
 	for {
 		m, err := c.Recv(1)
@@ -392,7 +403,7 @@ func (c *Control) Serve(
 		case m.Kind == Ping:
 			ping()
 		case m.Kind == Conn && ok && m.FD >= 0:
-			if add(m.FD, id, m.Number()) != nil {
+			if add(m.FD, id, m.Number(), m.Raw()) != nil {
 				err = c.SendConn(Refused, id, -1, 0)
 			}
 		case m.Kind == Conn && ok:

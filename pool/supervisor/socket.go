@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"virtfs-proxy-helper/pool/ipc"
 )
 
 // maxName is the longest name of a socket in bytes: sockaddr_un less its NUL.
@@ -170,6 +172,7 @@ func (n *socketName) listen(b *binding) (err error) {
 	if b.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return err
 	}
+	ipc.RefuseDescriptors(b.listener) // not before Linux 6.16
 	dir := b.private.fd
 	if err = unix.Bind(b.listener, fdAddr(dir, n.inner)); err == nil {
 		b.id, err = idOf(dir, n.inner)

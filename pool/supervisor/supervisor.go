@@ -126,6 +126,7 @@ type supervisor struct {
 // conn is a connection. Its number is its slot in the in-flight memories.
 type conn struct {
 	fd     int
+	raw    bool          // no descriptors can come by it
 	number uint64        // in the log, never used again
 	server *server       // that serves it; nil while none does
 	waited bool          // for a server that had no room for it
@@ -138,6 +139,7 @@ type conn struct {
 type (
 	accepted struct {
 		fd   int
+		raw  bool
 		peer []any // for the log
 	}
 	moved struct {
@@ -267,7 +269,10 @@ func (c *Config) supervise(around surroundings) error {
 			return err
 		}
 		sv.conn.Close()
-		sv.add(fd, peerAttrs(fd))
+		// What is there already may have come with descriptors.
+		queued, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+		ipc.RefuseDescriptors(fd) // not before Linux 6.16
+		sv.add(fd, isRaw(fd) && err == nil && queued == 0, peerAttrs(fd))
 	}
 	if err := sv.ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
@@ -331,7 +336,7 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
-		sv.add(e.fd, e.peer)
+		sv.add(e.fd, e.raw, e.peer)
 	case moved:
 		sv.onMoved(e)
 	case childMessage:
@@ -359,12 +364,12 @@ func (sv *supervisor) handle(event any) {
 }
 
 // add takes a connection that room has been made for.
-func (sv *supervisor) add(fd int, peer []any) {
+func (sv *supervisor) add(fd int, raw bool, peer []any) {
 	id := sv.free[len(sv.free)-1]
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
 	sv.numbered++
-	c := &conn{fd: fd, number: sv.numbered}
+	c := &conn{fd: fd, raw: raw, number: sv.numbered}
 	sv.conns[id] = c
 	sv.log.Info("client connected", append([]any{"connection", c.number}, peer...)...)
 	sv.assign(id, c)
@@ -384,7 +389,7 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 	c.server, c.late = sv.current, progress.Work{}
 	sv.progress.Conn(id).End() // what the last server has left there
 	// A server that is gone is noticed in time. The loop waits for none.
-	err := c.server.control.SendNewConn(id, c.number, c.fd, unix.MSG_DONTWAIT)
+	err := c.server.control.SendNewConn(id, c.number, c.raw, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
 		sv.retryAssign(id, c, "error", err)
 	}
@@ -592,6 +597,12 @@ func (sv *supervisor) killServers() {
 	}
 }
 
+// isRaw returns whether the kernel refuses descriptors that a client attaches.
+func isRaw(fd int) bool {
+	passes, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSRIGHTS)
+	return err == nil && passes == 0
+}
+
 // accept takes connections until the listener is shut down, which it closes
 // then. Beyond MaxConnections clients wait in the backlog, and so they do while
 // there is no descriptor or memory for them.
@@ -614,7 +625,7 @@ func (sv *supervisor) accept(listener int) {
 		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
 		if err == nil {
 			told = nil
-			sv.events <- accepted{fd, peerAttrs(fd)}
+			sv.events <- accepted{fd, isRaw(fd), peerAttrs(fd)}
 			continue
 		}
 		<-sv.room
