@@ -29,7 +29,7 @@ var onOldKernel = []struct{ pkg, tests string }{
 		TestMountsComeOneWay TestSharedHost TestViolation TestCVE2018_16359TheFilterFilters TestSeccompLog
 		TestArchitectures TestServerDescriptors TestRootlessRange TestRootlessAlone TestRootlessFD`},
 	{"pool/ipc", `TestSendWhileClosed`},
-	{"pool/inflight", `TestDeathAtEachStep TestPartOfAnAnswer TestFramesThroughTheInbox TestDamagedJournal
+	{"pool/inflight", `TestDeathAtEachStep TestPartOfAnAnswer TestFramesThroughTheInbox TestDamagedMemory
 		TestMemory`},
 	{"pool/logging", `TestStuckSink TestStuckAtTheEnd TestFailingSink TestSyslog TestSyslogStream`},
 	// The life of the daemon, its names and its pidfile.
