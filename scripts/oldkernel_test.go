@@ -226,12 +226,15 @@ func results(t *testing.T, file string) map[string]string {
 			output[event.Test] += event.Output
 		case "pass", "skip":
 			ended[event.Test] = event.Action
-			t.Logf("%5.1f s  %s %s", event.Elapsed, event.Action, event.Test)
+			if event.Elapsed >= 1 || event.Action == "skip" {
+				t.Logf("%5.1f s  %s %s", event.Elapsed, event.Action, event.Test)
+			}
 		case "fail":
 			ended[event.Test] = event.Action
 			t.Errorf("%s\n%s", event.Test, output[event.Test])
 		}
 	}
+	t.Logf("%d tests have ended", len(ended))
 	if !bytes.HasSuffix(raw, []byte("exit 0\n")) { // a test that does not end has no result of its own
 		t.Errorf("the package failed; the end of what it printed:\n%s", raw[max(0, len(raw)-8<<10):])
 	}
