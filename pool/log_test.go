@@ -319,7 +319,7 @@ func TestLogSays(t *testing.T) {
 			}
 		}
 		args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", h.Server()))
-		if !strings.HasPrefix(string(args), "virtfs-proxy-helper: server\x00") {
+		if !strings.HasPrefix(string(args), "virtfs-server\x00") {
 			t.Errorf("the server is %q", args)
 		}
 	})

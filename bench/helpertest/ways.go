@@ -30,14 +30,32 @@ type Way struct {
 // Ways are the ways in which tests run, with names such as "daemon-chroot" and
 // "foreground-fd-rootless-namespace". They are six of the sixteen, which cover
 // each pair of values of start, name or descriptor, user, and sandbox. With
-// VIRTFS_TEST_WAYS=all they are all sixteen.
-var Ways = slices.DeleteFunc(ways(), func(w Way) bool {
-	return os.Getenv("VIRTFS_TEST_WAYS") != "all" && !slices.Contains(someWays, w.Name)
-})
+// VIRTFS_TEST_WAYS=all they are all sixteen; a list of names separated by commas
+// selects others.
+var Ways = chosenWays(os.Getenv("VIRTFS_TEST_WAYS"))
 
 var someWays = []string{
 	"daemon-namespace", "foreground-namespace", "foreground-fd-chroot",
 	"daemon-fd-rootless-namespace", "daemon-rootless-chroot", "foreground-rootless-namespace",
+}
+
+// chosenWays panics if the list has a name that does not exist: tests without
+// the intended ways would pass.
+func chosenWays(list string) []Way {
+	all, names := ways(), someWays
+	switch list {
+	case "":
+	case "all":
+		return all
+	default:
+		names = strings.Split(list, ",")
+	}
+	for _, name := range names {
+		if !slices.ContainsFunc(all, func(w Way) bool { return w.Name == name }) {
+			panic(fmt.Sprintf("VIRTFS_TEST_WAYS: no way %q", name))
+		}
+	}
+	return slices.DeleteFunc(all, func(w Way) bool { return !slices.Contains(names, w.Name) })
 }
 
 func ways() (all []Way) {

@@ -63,6 +63,25 @@ func TestEachWay(t *testing.T) {
 	})
 }
 
+// VIRTFS_TEST_WAYS selects ways, and an unknown one is not left out in silence.
+func TestChosenWays(t *testing.T) {
+	for list, want := range map[string]int{"": len(someWays), "all": 16, "daemon-chroot,foreground-namespace": 2} {
+		if got := len(chosenWays(list)); got != want {
+			t.Errorf("%q: %d ways, want %d", list, got, want)
+		}
+	}
+	for _, list := range []string{"daemon", "daemon-chroot,", "daemon-chroot, daemon-namespace"} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%q is accepted", list)
+				}
+			}()
+			chosenWays(list)
+		}()
+	}
+}
+
 // A daemon ends with the test process, however that ends.
 func TestKilledTest(t *testing.T) {
 	if isCase() {
