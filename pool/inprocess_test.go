@@ -481,7 +481,7 @@ func ownProcess(tb testing.TB) bool {
 	if os.Getenv(ownProcessEnv) != "" {
 		return true
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+tb.Name()+"$", "-test.v", "-test.timeout=5m")
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+tb.Name()+"$", "-test.v", "-test.timeout=2m")
 	cmd.Env = append(os.Environ(), ownProcessEnv+"=1")
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+tb.Name()) {
