@@ -97,19 +97,33 @@ func parseOptions(args []string) (*options, error) {
 	f.StringVarP(&o.Socket, "socket", "s", "", "listen on the unix socket `NAME`")
 	f.Int64VarP(&uid, "uid", "u", -1, "user that may connect to NAME, by number (`UID`)")
 	f.Int64VarP(&gid, "gid", "g", -1, "group that may connect to NAME, by number (`GID`)")
-	f.IntVarP(&o.FD, "fd", "f", -1, "serve one client on the inherited connected socket `FD` (QEMU: sock_fd=)")
-	f.BoolVarP(&o.nodaemon, "nodaemon", "n", false, "stay in the foreground and log to stderr, not to syslog")
-	f.BoolVar(&o.Once, "once", false, "leave when the last client of NAME has left (with -f always so)")
-	f.IntVar(&o.Workers, "workers", 64, "at most `N` requests in the file system at once, of 1 to 1024")
-	f.IntVar(&o.MaxConnections, "max-connections", 1024, "at most `N` VMs at once, of 1 to 65536; more wait until one leaves")
-	f.BoolVar(&o.Server.FS.ReadOnly, "readonly", false, "let no request change anything: EROFS, as on a read-only mount")
-	f.Var(&o.Server.FS.UIDs, "translate-uid", "translate user ids, in virtiofsd's notation; may be repeated. `MAP` is map:GUEST:HOST:COUNT,\n"+
-		"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\nsquash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
+	f.IntVarP(&o.FD, "fd", "f", -1,
+		"serve one client on the inherited connected socket `FD` (QEMU: sock_fd=)")
+	f.BoolVarP(&o.nodaemon, "nodaemon", "n", false,
+		"stay in the foreground and log to stderr, not to syslog")
+	f.BoolVar(&o.Once, "once", false,
+		"leave when the last client of NAME has left (with -f always so)")
+	f.IntVar(&o.Workers, "workers", 64,
+		"at most `N` requests in the file system at once, of 1 to 1024")
+	f.IntVar(&o.MaxConnections, "max-connections", 1024,
+		"at most `N` VMs at once, of 1 to 65536; more wait until one leaves")
+	f.BoolVar(&o.Server.FS.ReadOnly, "readonly", false,
+		"let no request change anything: EROFS, as on a read-only mount")
+	f.Var(&o.Server.FS.UIDs, "translate-uid",
+		"translate user ids, in virtiofsd's notation; may be repeated. "+
+			"`MAP` is map:GUEST:HOST:COUNT,\n"+
+			"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\n"+
+			"squash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
 	f.Var(&o.Server.FS.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
-	f.StringVar((*string)(&o.Sandbox.Sandbox), "sandbox", "namespace", "confine the server by namespace, chroot or, for debugging, none: `HOW`")
-	f.StringVar((*string)(&o.Sandbox.Seccomp), "seccomp", "kill", "kill a server that makes a system call it has no use for; for debugging, log it or do none of that: `HOW`")
-	f.StringVar(&o.PIDFile, "pidfile", "", "write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
-	f.StringVar(&level, "log-level", "info", "debug (each request), info, warn or error: `LEVEL` of what is logged")
+	f.StringVar((*string)(&o.Sandbox.Sandbox), "sandbox", "namespace",
+		"confine the server by namespace, chroot or, for debugging, none: `HOW`")
+	f.StringVar((*string)(&o.Sandbox.Seccomp), "seccomp", "kill",
+		"kill a server that makes a system call it has no use for; "+
+			"for debugging, log it or do none of that: `HOW`")
+	f.StringVar(&o.PIDFile, "pidfile", "",
+		"write the process to signal to `FILE`; SIGTERM ends it, requests in work first")
+	f.StringVar(&level, "log-level", "info",
+		"debug (each request), info, warn or error: `LEVEL` of what is logged")
 	showVersion := f.Bool("version", false, "print the version and leave")
 	help := f.BoolP("help", "h", false, "print this and leave")
 
@@ -141,7 +155,8 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--socket: the name is empty")
 	case f.Changed("fd") && (o.FD < 0 || o.FD > math.MaxInt32):
 		return bad("--fd %d: not a descriptor", o.FD)
-	case f.Changed("socket") && (!f.Changed("uid") || !f.Changed("gid")) && os.Geteuid() == 0 && !supervisor.Rootless():
+	case f.Changed("socket") && (!f.Changed("uid") || !f.Changed("gid")) &&
+		os.Geteuid() == 0 && !supervisor.Rootless():
 		return bad("--socket needs --uid and --gid: who may connect")
 	case f.Changed("uid") && !id(uid):
 		return bad("--uid %d: not a user id", uid)

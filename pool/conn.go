@@ -146,7 +146,8 @@ func (c *conn) serveFrames() outcome {
 		t, payload, ok, err := c.slot.Frame()
 		if err != nil {
 			c.told = true
-			c.log().Warn("connection closed: not the proxy protocol", "request", t.String(), "error", err)
+			c.log().Warn("connection closed: not the proxy protocol",
+				"request", t.String(), "error", err)
 			return peerClosed
 		}
 		if !ok {
@@ -195,7 +196,8 @@ func (c *conn) answer(t codec.Type, size, sent int) outcome {
 	}
 	c.slot.Done(size)
 	if call.Tainted {
-		c.log().Error("a thread could not take back the identity of a request: it serves no other", "request", t.String())
+		c.log().Error("a thread could not take back the identity of a request: it serves no other",
+			"request", t.String())
 		return tainted
 	}
 	return idle
@@ -251,14 +253,21 @@ func (c *conn) log() *slog.Logger { return c.srv.log.With("connection", c.number
 // nothing has within d, or a handing over has begun. With a seat it is a raw
 // call, like Receive.
 func (c *conn) readable(d time.Duration) bool {
-	fds := [2]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}, {Fd: int32(c.srv.handoverFD), Events: unix.POLLIN}}
+	fds := [2]unix.PollFd{
+		{Fd: int32(c.fd), Events: unix.POLLIN},
+		{Fd: int32(c.srv.handoverFD), Events: unix.POLLIN},
+	}
 	left := unix.NsecToTimespec(d.Nanoseconds()) // which the kernel counts down
 	for {
 		var errno unix.Errno
 		if c.seat {
-			_, _, errno = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)), uintptr(unsafe.Pointer(&left)), 0, 0, 0)
+			_, _, errno = unix.RawSyscall6(unix.SYS_PPOLL,
+				uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)),
+				uintptr(unsafe.Pointer(&left)), 0, 0, 0)
 		} else {
-			_, _, errno = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)), uintptr(unsafe.Pointer(&left)), 0, 0, 0)
+			_, _, errno = unix.Syscall6(unix.SYS_PPOLL,
+				uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)),
+				uintptr(unsafe.Pointer(&left)), 0, 0, 0)
 		}
 		if errno != unix.EINTR {
 			return errno == 0 && fds[0].Revents != 0

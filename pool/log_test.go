@@ -25,7 +25,8 @@ var pathA = codec.Request{Path: helpertest.Path("/a")}
 // processFiles are what a process opens for needs of its own, if it finds them
 // below its root directory: time zone, resolver, users, cgroup, locale.
 var processFiles = []string{
-	"etc/localtime", "usr/share/zoneinfo/UTC", "usr/share/lib/zoneinfo/UTC", "usr/lib/locale/TZ/UTC", "etc/zoneinfo/UTC",
+	"etc/localtime", "usr/share/zoneinfo/UTC", "usr/share/lib/zoneinfo/UTC", "usr/lib/locale/TZ/UTC",
+	"etc/zoneinfo/UTC",
 	"usr/lib/go/lib/time/zoneinfo.zip", "usr/local/go/lib/time/zoneinfo.zip", "etc/resolv.conf", "etc/hosts",
 	"etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/mime.types", "etc/protocols", "etc/services",
 	"proc/self/cgroup", "proc/self/mountinfo", "proc/self/maps", "proc/stat", "proc/sys/net/core/somaxconn",
@@ -107,7 +108,8 @@ func watchOpens(t *testing.T, dir string) func(pids []int) []string {
 		return func([]int) []string { return nil }
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	if err := unix.FanotifyMark(fd, unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, unix.FAN_OPEN, unix.AT_FDCWD, dir); err != nil {
+	err = unix.FanotifyMark(fd, unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, unix.FAN_OPEN, unix.AT_FDCWD, dir)
+	if err != nil {
 		t.Fatalf("fanotify: mark %s: %v", dir, err)
 	}
 	return func(pids []int) (paths []string) {
@@ -265,8 +267,8 @@ func TestJournal(t *testing.T) {
 
 // JOURNAL_STREAM is inherited by what the journal does not read.
 func TestNotTheJournal(t *testing.T) {
-	way := helpertest.Ways[slices.IndexFunc(helpertest.Ways, func(w helpertest.Way) bool { return w.Foreground && !w.FD })]
-	h := way.Start(t, helpertest.Setup{Fill: fill, Env: []string{"JOURNAL_STREAM=1:2"}})
+	i := slices.IndexFunc(helpertest.Ways, func(w helpertest.Way) bool { return w.Foreground && !w.FD })
+	h := helpertest.Ways[i].Start(t, helpertest.Setup{Fill: fill, Env: []string{"JOURNAL_STREAM=1:2"}})
 	helpertest.Eventually(t, "there is a line", func() bool { return h.Logged("msg=started") })
 	if !strings.HasPrefix(h.Output(), "time=") {
 		t.Error(h.Output())
@@ -443,7 +445,10 @@ func TestGarbageLog(t *testing.T) {
 		}
 		h.Dial().Want(0, codec.Lstat, pathA)
 		helpertest.Eventually(t, "what was left out is counted", func() bool {
-			for _, message := range []string{`of="client connected" count=`, `of=\"connection closed: not the proxy protocol\" count=`} {
+			for _, message := range []string{
+				`of="client connected" count=`,
+				`of=\"connection closed: not the proxy protocol\" count=`,
+			} {
 				if !h.Logged(message) {
 					return false
 				}

@@ -99,7 +99,9 @@ func (l *loop) lead() {
 	go func() {
 		defer me.turn.end()
 		beginThread()
-		err := l.poller.Polling(func(fd int, _ netpoll.IOEvent, _ netpoll.IOFlags) error { return l.wake(me, fd) })
+		err := l.poller.Polling(func(fd int, _ netpoll.IOEvent, _ netpoll.IOFlags) error {
+			return l.wake(me, fd)
+		})
 		switch {
 		case !errors.Is(err, gerrors.ErrEngineShutdown):
 			panic(fmt.Sprintf("epoll loop: %v", err)) // the supervisor starts another server
@@ -118,7 +120,8 @@ func (l *loop) led(by *leader) bool {
 
 // close ends a loop without connections.
 func (l *loop) close() error {
-	return l.poller.Trigger(queue.HighPriority, func(any) error { return gerrors.ErrEngineShutdown }, nil)
+	end := func(any) error { return gerrors.ErrEngineShutdown }
+	return l.poller.Trigger(queue.HighPriority, end, nil)
 }
 
 // rest puts a connection into the poller. The caller holds mu.

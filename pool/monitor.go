@@ -33,7 +33,8 @@ func CalmMonitor() error {
 	if len(threads) < 2 {
 		return fmt.Errorf("no monitor thread")
 	}
-	return os.WriteFile("/proc/"+threads[1]+"/timerslack_ns", fmt.Append(nil, monitorSlack.Nanoseconds()), 0)
+	slack := fmt.Append(nil, monitorSlack.Nanoseconds())
+	return os.WriteFile("/proc/"+threads[1]+"/timerslack_ns", slack, 0)
 }
 
 // beginThread gives the thread of a turn Linux' own slack: one that the

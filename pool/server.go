@@ -124,7 +124,9 @@ func NewServer(
 
 // Loops returns the number of epoll loops of a server, which takes three
 // descriptors for each.
-func Loops() int { return min(progress.MaxLoops, max(1, runtime.NumCPU()/2)) } // the other CPUs are the clients'
+func Loops() int {
+	return min(progress.MaxLoops, max(1, runtime.NumCPU()/2)) // the other CPUs are the clients'
+}
 
 // Close ends the epoll loops of a server that has no connections any more.
 func (s *Server) Close() error {

@@ -106,7 +106,8 @@ func TestPieces(t *testing.T) {
 func TestNotTheProtocol(t *testing.T) {
 	_, name := helpertest.Listen(t, helpertest.Ours(t), export(t))
 	for _, header := range []string{
-		"\x00\x00\x00\x00\x00\x00\x00\x00", "\x16\x00\x00\x00\x00\x00\x00\x00", "\x08\x00\x00\x00\x01\x00\x01\x00", "\xff\xff\xff\xff\xff\xff\xff\xff",
+		"\x00\x00\x00\x00\x00\x00\x00\x00", "\x16\x00\x00\x00\x00\x00\x00\x00",
+		"\x08\x00\x00\x00\x01\x00\x01\x00", "\xff\xff\xff\xff\xff\xff\xff\xff",
 	} {
 		c := helpertest.Dial(t, name)
 		c.Send(append(frame(codec.Lstat, "/a"), header...))
@@ -392,7 +393,9 @@ func TestKilledSupervisor(t *testing.T) {
 			}
 		}
 		c.Close()
-		helpertest.Eventually(t, "the server leaves with its last client", func() bool { return helpertest.Ended(server) })
+		helpertest.Eventually(t, "the server leaves with its last client", func() bool {
+			return helpertest.Ended(server)
+		})
 	})
 }
 

@@ -144,7 +144,10 @@ type crowd struct {
 func newCrowd(seats int) *crowd {
 	runtime.GOMAXPROCS(seats + slackProcs)
 	cpus := runtime.NumCPU()
-	c := &crowd{cpus: cpus, spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus), forBusy: int32(seats - dozers)}
+	c := &crowd{
+		cpus: cpus, spin: int32(max(1, cpus/2)), parts: uint64(4 * cpus),
+		forBusy: int32(seats - dozers),
+	}
 	c.seats.Store(int32(seats))
 	return c
 }
@@ -224,7 +227,8 @@ func (s *Server) countAt(now int64) {
 		}
 	}
 	for _, c := range crowd.visitors {
-		c.minor.Store(crowd.much && now >= max(crowd.apart, c.apart) && c.recent*crowd.parts < total)
+		c.minor.Store(crowd.much && now >= max(crowd.apart, c.apart) &&
+			c.recent*crowd.parts < total)
 		c.visitor, c.counted = false, now
 	}
 	clear(crowd.visitors)

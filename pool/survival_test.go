@@ -193,7 +193,9 @@ func TestRenewedByNothing(t *testing.T) {
 		server := h.Server()
 		replace(t, helper, "#!/bin/false\n")
 		unix.Kill(h.PID, unix.SIGHUP)
-		helpertest.Eventually(t, "the failure is logged", func() bool { return h.Logged("the new server does not start") })
+		helpertest.Eventually(t, "the failure is logged", func() bool {
+			return h.Logged("the new server does not start")
+		})
 		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 		if h.Server() != server {
 			t.Error("another server")
@@ -237,7 +239,10 @@ func TestKilledPipeline(t *testing.T) {
 		c := h.Dial()
 		kills, _ := disturb(t, killer(h, new(model.Events)), 600*time.Millisecond)
 		value := make([]byte, 60_000)
-		long := codec.Request{Path: helpertest.Path("/a"), Name: codec.CString("user.long"), Value: value, Size: int64(len(value))}
+		long := codec.Request{
+			Path: helpertest.Path("/a"), Name: codec.CString("user.long"),
+			Value: value, Size: int64(len(value)),
+		}
 		types := []codec.Type{codec.Lstat, codec.Open, codec.Readlink, codec.Lsetxattr, codec.Statfs}
 		var all []byte
 		for i, typ := range types {
@@ -326,7 +331,9 @@ func TestDyingServers(t *testing.T) {
 		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
 		helpertest.Eventually(t, "the pauses grow", func() bool { return h.Logged("pause=40ms") })
 		helpertest.Eventually(t, "who has left is forgotten", func() bool { return h.Logged("client left") })
-		helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool { return len(helpertest.FDs(t, h.PID)) == had-1 })
+		helpertest.Eventually(t, "the supervisor has a descriptor less than before", func() bool {
+			return len(helpertest.FDs(t, h.PID)) == had-1
+		})
 	})
 }
 

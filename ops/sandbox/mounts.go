@@ -58,7 +58,8 @@ func copyExport(dir *os.File, m *Mounts) (*os.File, error) {
 		w.Close()
 		return r, nil
 	}
-	const flags = unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC | unix.AT_EMPTY_PATH | unix.AT_RECURSIVE
+	const flags = unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC |
+		unix.AT_EMPTY_PATH | unix.AT_RECURSIVE
 	tree, err := unix.OpenTree(int(dir.Fd()), "", flags)
 	if err != nil {
 		return nil, needsNamespaces("copy the export's mounts", err)

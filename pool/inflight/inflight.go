@@ -152,7 +152,11 @@ func (j *Memory) Slot(n uint32) *Slot {
 		return nil
 	}
 	b := j.mem[offset(n):][:slotSize:slotSize]
-	s := &Slot{mem: b, head: (*head)(unsafe.Pointer(unsafe.SliceData(b))), inbox: b[headSize : headSize+inboxSize]}
+	s := &Slot{
+		mem:   b,
+		head:  (*head)(unsafe.Pointer(unsafe.SliceData(b))),
+		inbox: b[headSize : headSize+inboxSize],
+	}
 	s.prepare()
 	return s
 }
@@ -348,9 +352,11 @@ func (s *Slot) Send(fd int, b []byte, sent, passed int) unix.Errno {
 	atomic.StoreUint32(&h.phase, uint32(len(b)))
 	for {
 		m.iov.base, m.iov.len = address(&b[sent]), uintptr(len(b)-sent)
-		_, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+		_, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG,
+			uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
 		if errno == unix.EAGAIN {
-			_, _, errno = unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL, 0, 0)
+			_, _, errno = unix.Syscall6(unix.SYS_SENDMMSG,
+				uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL, 0, 0)
 		}
 		if errno != 0 && errno != unix.EINTR {
 			return errno

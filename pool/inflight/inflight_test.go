@@ -26,7 +26,8 @@ func pair(t *testing.T) (file *os.File, s *Slot, server, client int) {
 		t.Fatal(err)
 	}
 	// As the rules for raw calls want it.
-	if err := unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 10_000}); err != nil {
+	timeout := unix.Timeval{Usec: 10_000}
+	if err := unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -121,7 +122,8 @@ func TestDeathAtEachStep(t *testing.T) {
 				t.Fatalf("recovered %+v, %v, %v", w, ok, err)
 			}
 			if ok {
-				if w.Type != codec.Lstat || !bytes.Equal(w.Payload, first[codec.HeaderSize:]) || w.Tries != 0 || w.Sent != 0 {
+				if w.Type != codec.Lstat || !bytes.Equal(w.Payload, first[codec.HeaderSize:]) ||
+					w.Tries != 0 || w.Sent != 0 {
 					t.Errorf("work %+v", w)
 				}
 				// Over the same request once more: the next but one is told.
@@ -212,7 +214,8 @@ func TestFramesThroughTheInbox(t *testing.T) {
 			if len(payload) != sizes[served] {
 				t.Fatalf("frame %d has %d bytes, want %d", served, len(payload), sizes[served])
 			}
-			if want := byte('a' + served%26); len(payload) > 2 && (payload[2] != want || payload[len(payload)-1] != want) {
+			want := byte('a' + served%26)
+			if len(payload) > 2 && (payload[2] != want || payload[len(payload)-1] != want) {
 				t.Fatalf("frame %d: %q", served, payload[2])
 			}
 			s.Begin()

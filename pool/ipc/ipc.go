@@ -117,7 +117,8 @@ func New() (ours *Control, theirs *os.File, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("socketpair: %w", err)
 	}
-	return &Control{os.NewFile(uintptr(fds[0]), "control")}, os.NewFile(uintptr(fds[1]), "control"), nil
+	ours = &Control{os.NewFile(uintptr(fds[0]), "control")}
+	return ours, os.NewFile(uintptr(fds[1]), "control"), nil
 }
 
 func inherited(fd int, name string) *os.File {
@@ -232,7 +233,9 @@ func (m Message) Close() {
 // Recv returns a message with room for so many descriptors, none or one; io.EOF
 // when the other side has gone. Of what else comes with it nothing stays open.
 // An empty message has the kind 0.
-func (c *Control) Recv(descriptors int) (Message, error) { return c.recv(maxMessage, descriptors, 0) }
+func (c *Control) Recv(descriptors int) (Message, error) {
+	return c.recv(maxMessage, descriptors, 0)
+}
 
 func (c *Control) recv(size, descriptors, flags int) (m Message, err error) {
 	msg := make([]byte, size)

@@ -33,7 +33,8 @@ func (s *syslog) retries() time.Duration { return time.Second }
 
 func (s *syslog) write(level slog.Level, line []byte) error {
 	priority, now := facilityDaemon|severity(level), time.Now().Format(time.Stamp)
-	msg := fmt.Appendf(nil, "<%d>%s %s[%d]: %s", priority, now, s.tag, os.Getpid(), line[:len(line)-1])
+	msg := fmt.Appendf(nil, "<%d>%s %s[%d]: %s",
+		priority, now, s.tag, os.Getpid(), line[:len(line)-1])
 	var err error
 	for range 2 { // the second time on a new connection
 		if s.conn == nil {

@@ -185,10 +185,12 @@ func (s *server) reap() <-chan error {
 // onViolation acts on a system call that a server has no use for.
 func (sv *supervisor) onViolation(server *os.Process, call string) {
 	if sv.Sandbox.Seccomp == sandbox.SeccompLog {
-		sv.log.Warn("the server makes a system call that is not on its list", "call", call, "pid", server.Pid)
+		sv.log.Warn("the server makes a system call that is not on its list",
+			"call", call, "pid", server.Pid)
 		return
 	}
-	sv.log.Error("killing the server: it tries a system call that it has no use for", "call", call, "pid", server.Pid)
+	sv.log.Error("killing the server: it tries a system call that it has no use for",
+		"call", call, "pid", server.Pid)
 	server.Kill()
 }
 

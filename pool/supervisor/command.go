@@ -30,7 +30,8 @@ func (c *Config) Start(foreground bool) error {
 		}
 	}
 	// Whatever descriptors the caller left open end with the next exec.
-	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil && err != unix.ENOSYS {
+	err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC)
+	if err != nil && err != unix.ENOSYS {
 		return fmt.Errorf("close_range: %w", err)
 	}
 	if executableErr != nil {
@@ -154,7 +155,8 @@ func checkConn(fd int) error {
 		return fmt.Errorf("--fd %d: that is stderr, where this command writes what goes wrong: "+
 			"a client would read it as answers", fd)
 	}
-	if !is(unix.SO_DOMAIN, unix.AF_UNIX) || !is(unix.SO_TYPE, unix.SOCK_STREAM) || !is(unix.SO_ACCEPTCONN, 0) {
+	if !is(unix.SO_DOMAIN, unix.AF_UNIX) || !is(unix.SO_TYPE, unix.SOCK_STREAM) ||
+		!is(unix.SO_ACCEPTCONN, 0) {
 		return fmt.Errorf("--fd %d: not a connected unix stream socket", fd)
 	}
 	if _, err := unix.Getpeername(fd); err != nil {

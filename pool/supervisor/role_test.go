@@ -223,7 +223,9 @@ func TestPrivilegedCopy(t *testing.T) {
 		if err := errors.Join(os.WriteFile(path, program, 0o755), prepare(path)); err != nil {
 			t.Fatal(err)
 		}
-		for _, env := range [][]string{nil, {role + "server"}, {role + "supervisor"}, {role + "rootless", rootless + "0"}} {
+		for _, env := range [][]string{
+			nil, {role + "server"}, {role + "supervisor"}, {role + "rootless", rootless + "0"},
+		} {
 			args := append(append([]string{"-i"}, env...), path)
 			status, out := helpertest.Run(t, helpertest.Command{
 				Path: "/usr/bin/env",

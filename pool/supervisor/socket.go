@@ -78,8 +78,8 @@ func claimSocket(
 	path string, uid, gid int, export *os.File, withCaps func(func() error) error,
 ) (*socketName, error) {
 	if len(path) > maxName {
-		return nil, fmt.Errorf("--socket: name of %d bytes is too long for a socket, at most %d: %s",
-			len(path), maxName, path)
+		return nil, fmt.Errorf("--socket: name of %d bytes is too long for a socket, "+
+			"at most %d: %s", len(path), maxName, path)
 	}
 	n := &socketName{
 		path: path, base: filepath.Base(path), uid: uid, gid: gid,
@@ -169,7 +169,8 @@ func (n *socketName) openPrivate(dir int) (*privateDir, error) {
 
 // listen makes the socket in the private directory of b.
 func (n *socketName) listen(b *binding) (err error) {
-	if b.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+	b.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
 		return err
 	}
 	ipc.RefuseDescriptors(b.listener) // not before Linux 6.16
@@ -216,7 +217,8 @@ func (n *socketName) clear(dir int, name string, p *privateDir) error {
 		return &os.PathError{Op: "stat", Path: n.in(name), Err: err}
 	}
 	if id.kind != unix.S_IFSOCK {
-		return fmt.Errorf("%s exists and is not a socket: remove it, or choose another name", n.in(name))
+		return fmt.Errorf("%s exists and is not a socket: remove it, or choose another name",
+			n.in(name))
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -302,7 +302,8 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 			switch {
 			case sv.stopping: // timeout(1) says it twice
 			case sig == unix.SIGHUP:
-				sv.log.Info("renewing: all connections go to a server from the program that is on disk now")
+				sv.log.Info("renewing: all connections go to a server " +
+					"from the program that is on disk now")
 				sv.renew = true
 				sv.start(0)
 				if sv.name != nil {
@@ -352,7 +353,8 @@ func (sv *supervisor) handle(event any) {
 		sv.endOverdue(e.server)
 	case mountsChanged:
 		if !sv.stopping {
-			sv.log.Info("mounts below the export have changed: all connections go to a server that has them")
+			sv.log.Info("mounts below the export have changed: " +
+				"all connections go to a server that has them")
 			sv.remount = true
 			sv.start(0)
 		}
@@ -483,7 +485,8 @@ func (sv *supervisor) serverStarted(e started) {
 		}
 		sv.log.Error("the new server does not start: the old one stays", "error", e.err)
 	case e.err != nil && sv.current != nil && !sv.stopping:
-		sv.log.Error("no server with the mounts of now starts: the old one stays", "error", e.err, "pause", maxPause)
+		sv.log.Error("no server with the mounts of now starts: the old one stays",
+			"error", e.err, "pause", maxPause)
 		time.AfterFunc(maxPause, func() { sv.events <- mountsChanged{} })
 	case e.err != nil && sv.stopping:
 		sv.stopped = e.err
@@ -568,13 +571,16 @@ func (sv *supervisor) serverEnded(s *server, err error) {
 		err = errors.New("it left without being told to")
 	}
 	if sv.current != nil { // it was handing over
-		sv.log.Error("an old server died: the new one goes on", "error", err, "pid", s.pid(), "connections", lost)
+		sv.log.Error("an old server died: the new one goes on",
+			"error", err, "pid", s.pid(), "connections", lost)
 		return
 	}
 	if sv.pause = min(max(2*sv.pause, minPause), maxPause); lived > steady {
 		sv.pause = 0
 	}
-	sv.log.Error("the server died: VMs wait for the next one", "error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond), "connections", lost, "pause", sv.pause)
+	sv.log.Error("the server died: VMs wait for the next one",
+		"error", err, "pid", s.pid(), "lived", lived.Round(time.Millisecond),
+		"connections", lost, "pause", sv.pause)
 	sv.start(sv.pause)
 }
 
@@ -618,8 +624,8 @@ func (sv *supervisor) accept(listener int) {
 		select {
 		case sv.room <- struct{}{}:
 		default:
-			sv.log.Warn("as many connections as --max-connections allows: more wait until one leaves",
-				"connections", sv.MaxConnections)
+			sv.log.Warn("as many connections as --max-connections allows: "+
+				"more wait until one leaves", "connections", sv.MaxConnections)
 			sv.room <- struct{}{}
 		}
 		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)

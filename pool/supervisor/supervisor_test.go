@@ -118,13 +118,17 @@ func TestDaemon(t *testing.T) {
 		}
 		h := way.Start(t, helpertest.Setup{
 			Wrap: []string{"sh", "-c", `umask 777; exec "$@"`, "sh"},
-			Args: []string{"--path=export", "--socket", "socket", fmt.Sprint("--uid=", uid), fmt.Sprint("-g", gid), "--pidfile", "pid"},
-			Env:  []string{"SECRET=of the caller"},
+			Args: []string{
+				"--path=export", "--socket", "socket", fmt.Sprint("--uid=", uid), fmt.Sprint("-g", gid),
+				"--pidfile", "pid",
+			},
+			Env: []string{"SECRET=of the caller"},
 		})
 		c := h.Dial()
 		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/")})
 		var st unix.Stat_t
-		if err := unix.Lstat(h.Name, &st); err != nil || st.Uid != uid || st.Gid != gid || st.Mode != unix.S_IFSOCK|0o660 {
+		if err := unix.Lstat(h.Name, &st); err != nil ||
+			st.Uid != uid || st.Gid != gid || st.Mode != unix.S_IFSOCK|0o660 {
 			t.Errorf("name: %v, %d:%d, mode %o", err, st.Uid, st.Gid, st.Mode)
 		}
 		if session, tty := helpertest.Session(t, h.PID); session != h.PID || tty != 0 {

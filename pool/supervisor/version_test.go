@@ -14,7 +14,8 @@ func TestVersion(t *testing.T) {
 		{"", "virtfs-proxy-helper (devel)\n"},
 	} {
 		program := filepath.Join(t.TempDir(), "virtfs-proxy-helper")
-		build := exec.Command("go", "build", "-buildvcs=false", "-ldflags", test.ldflags, "-o", program, "virtfs-proxy-helper")
+		build := exec.Command("go", "build", "-buildvcs=false", "-ldflags", test.ldflags,
+			"-o", program, "virtfs-proxy-helper")
 		if out, err := build.CombinedOutput(); err != nil {
 			t.Fatalf("go build: %v\n%s", err, out)
 		}
