@@ -75,6 +75,7 @@ func TestProtectedRegular(t *testing.T) {
 // A service manager hides /proc/sys (ProcSubset=pid). What can't be read is not
 // off: the file of somebody else in a sticky directory is not to be had.
 func TestProtectedRegularUnknown(t *testing.T) {
+	helpertest.NeedRoot(t)
 	dir := helpertest.ShortDir(t)
 	tmp := filepath.Join(dir, "tmp")
 	file := filepath.Join(tmp, "file")

@@ -174,6 +174,7 @@ const (
 // A request that a file system does not answer is logged, and again when it is
 // answered. Its server stays: it serves the others.
 func TestLateRequest(t *testing.T) {
+	helpertest.NeedRoot(t)
 	t.Parallel()
 	var fs *slowfs.FS
 	dir := t.TempDir()
@@ -220,6 +221,7 @@ func TestDeafClient(t *testing.T) {
 // An old server that is killed while a file system holds a request of it is not
 // waited for.
 func TestRenewedWhileHeld(t *testing.T) {
+	helpertest.NeedRoot(t)
 	t.Parallel()
 	var fs *slowfs.FS
 	dir := t.TempDir()

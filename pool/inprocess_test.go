@@ -348,6 +348,7 @@ func TestCollectedGarbage(t *testing.T) {
 // Where that can't be forbidden the connection's own thread waits there, and
 // nobody else, not even when the world is stopped.
 func TestPassedDescriptorWaits(t *testing.T) {
+	helpertest.NeedRoot(t)
 	if !ownProcess(t) {
 		return
 	}

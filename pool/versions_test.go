@@ -81,6 +81,7 @@ func landedVersion(t *testing.T) string {
 // A program on disk that numbers differently what passes between supervisor and
 // server says so, and the server that is there stays.
 func TestOtherVersion(t *testing.T) {
+	helpertest.NeedRoot(t) // whose build cache it is
 	const says = "do not fit"
 	for _, c := range []struct {
 		name      string
@@ -133,6 +134,7 @@ func replaceBy(t *testing.T, helper, file string) {
 // Before there was a version, a supervisor started a server like this. Today's
 // says no, without touching what it was given.
 func TestSupervisorWithoutVersion(t *testing.T) {
+	helpertest.NeedRoot(t)
 	const n, slot = 4, 135168 // bytes of a slot at that time
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -104,6 +104,7 @@ func TestNoDescriptors(t *testing.T) {
 
 // A limit of processes is looked at where the kernel holds to it: not for root.
 func TestFewThreads(t *testing.T) {
+	helpertest.NeedRoot(t)
 	const limit = "--nproc=900"
 	dir, names := helpertest.ShortDir(t), helpertest.ShortDir(t)
 	for _, d := range []string{dir, names} {

@@ -33,6 +33,7 @@ var ways = []way{{"foreground", 0}, {"daemon", 0}, {"rootless", helpertest.Someo
 
 // inWays runs f in each way of starting.
 func inWays(t *testing.T, f func(t *testing.T, w way)) {
+	helpertest.NeedRoot(t)
 	for _, w := range ways {
 		t.Run(w.name, func(t *testing.T) { f(t, w) })
 	}
@@ -583,6 +584,7 @@ func TestStrangersLock(t *testing.T) {
 
 // Of two helpers that start at once, one serves, whatever a dead one has left.
 func TestTwoStartAtOnce(t *testing.T) {
+	helpertest.NeedRoot(t)
 	dir := helpertest.ShortDir(t)
 	path := filepath.Join(dir, "s")
 	w := ways[0]

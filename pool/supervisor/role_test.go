@@ -107,6 +107,7 @@ func TestDaemonEnvironment(t *testing.T) {
 
 // An ordinary user's, too: the command in its user namespace and the server.
 func TestRootlessEnvironment(t *testing.T) {
+	helpertest.NeedRoot(t)
 	t.Parallel()
 	dir, export := helpertest.ShortDir(t), helpertest.ShortDir(t)
 	for _, d := range []string{dir, export} {

@@ -4,11 +4,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"virtfs-proxy-helper/bench/helpertest"
 )
 
 // The version is that of -ldflags, and without it and without version control
 // what the go command says then.
 func TestVersion(t *testing.T) {
+	helpertest.NeedRoot(t) // whose build cache it is
 	for _, test := range []struct{ ldflags, want string }{
 		{"-X main.version=1.2.3", "virtfs-proxy-helper 1.2.3\n"},
 		{"", "virtfs-proxy-helper (devel)\n"},
