@@ -9,7 +9,7 @@ import (
 )
 
 // descriptors is how many a process may need with n connections: one for each,
-// a few for each request in the file system, two for each epoll loop, and what
+// a few for each request in the file system, three for each epoll loop, and what
 // it has anyway or takes to start a server.
 func (c *Config) descriptors(n int) uint64 {
 	const perRequest, ownAndStart = 4, 64

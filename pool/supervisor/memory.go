@@ -8,7 +8,7 @@ import (
 
 // memory is the in-flight memory of one server. It is used by that, and by each
 // connection that was given to it last, which may outlive it; the last user
-// closes it. The loop alone counts.
+// closes it. The loop alone counts, once the server has started; before, its starter does.
 type memory struct {
 	file  *os.File
 	users int
