@@ -420,7 +420,7 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 	if err != nil {
 		sv.log.Error("killing the server: it speaks out of turn", "error", err, "pid", s.pid())
 		s.state = condemned
-		s.cmd.Process.Kill()
+		s.kill()
 		return
 	}
 	id, _ := m.Conn()
