@@ -253,7 +253,7 @@ func TestKilledPipeline(t *testing.T) {
 			all = q.Append(all, typ)
 		}
 		done := make(chan error, 1)
-		var rounds atomic.Int32
+		var rounds atomic.Int32 // that the client has begun to send
 		stop := make(chan struct{})
 		go func() {
 			for {
@@ -263,12 +263,11 @@ func TestKilledPipeline(t *testing.T) {
 					return
 				default:
 				}
-				cut := int(rounds.Load()) * 997 % len(all)
+				cut := int(rounds.Add(1)) * 997 % len(all)
 				if err := errors.Join(c.TrySend(all[:cut]), c.TrySend(all[cut:])); err != nil {
 					done <- err
 					return
 				}
-				rounds.Add(1)
 			}
 		}()
 		answered := int32(0)
@@ -294,21 +293,17 @@ func TestKilledPipeline(t *testing.T) {
 			read()
 		}
 		close(stop)
-		for err := error(nil); ; {
-			select {
-			case err = <-done:
-				if err != nil {
-					t.Fatal(err)
-				}
-				for answered < rounds.Load() {
-					read()
-				}
-				t.Logf("%d kills, %d rounds", kills.Load(), answered)
-				return
-			default:
+		for sending := true; sending || answered < rounds.Load(); {
+			if answered < rounds.Load() { // what is begun comes
 				read()
+				continue
 			}
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+			sending = false
 		}
+		t.Logf("%d kills, %d rounds", kills.Load(), answered)
 	})
 }
 
