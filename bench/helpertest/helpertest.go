@@ -263,8 +263,12 @@ func (p *Process) stop() {
 		}
 		<-p.exited
 	}
-	if bad := proc.Faults(p.Output()); bad != "" {
+	output := p.Output()
+	if bad := proc.Faults(output); bad != "" {
 		p.tb.Errorf("the helper printed:\n%s", bad)
+	}
+	if p.tb.Failed() {
+		p.tb.Logf("process %d printed:\n%s", p.PID, output)
 	}
 }
 
