@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -24,6 +26,11 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	// As run does, for the tests of a single client: a client in a raw system call
+	// occupies a processor, on a machine that may have one, and a collection would
+	// wait for it.
+	runtime.GOMAXPROCS(8)
+	debug.SetGCPercent(-1)
 	os.Exit(m.Run())
 }
 
@@ -186,6 +193,9 @@ func TestMixture(t *testing.T) {
 // The table has a figure in each cell, and all operations are measured.
 func TestTable(t *testing.T) {
 	helpertest.C(t)
+	if runtime.NumCPU() < 2 {
+		t.Skip("needs two CPUs, for the placement split")
+	}
 	o, err := parseOptions([]string{
 		"--table", "--helper", cHelper, "--rounds", "1", "--chunk", "4", "--dir", t.TempDir(),
 	})
