@@ -52,6 +52,10 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
+// guestTimeout, in seconds, ends a guest that hangs: what takes the longest needs 210
+// beside another guest and a load of 13.
+const guestTimeout = "900"
+
 // goTool runs go for something that stands alone, in a guest as well.
 func goTool(args ...string) *exec.Cmd {
 	cmd := exec.Command("go", args...)
@@ -66,7 +70,7 @@ var endWithTest = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 // that fails, or the guest does, its words on standard error are the test's.
 func guest(t *testing.T, args ...string) string {
 	t.Helper()
-	out, errs, err := script(t, "./guest", append([]string{"--helper", helper, "--timeout", "300"}, args...)...)
+	out, errs, err := script(t, "./guest", append([]string{"--helper", helper, "--timeout", guestTimeout}, args...)...)
 	if err != nil {
 		t.Errorf("scripts/guest %q: %v\n%s%s", args, err, out, errs)
 	}
@@ -283,7 +287,7 @@ func TestRootlessInGuest(t *testing.T) {
 			if err := os.Chown(share, helpertest.Someone, helpertest.Someone); err != nil {
 				t.Fatal(err)
 			}
-			command := helpertest.WithSomeone(t, c.ranges, "./guest", "--helper", helper, "--timeout", "300",
+			command := helpertest.WithSomeone(t, c.ranges, "./guest", "--helper", helper, "--timeout", guestTimeout,
 				"--rootless", "--user", "someone", "--share", share, work)
 			out, errs, err := script(t, command[0], command[1:]...)
 			if err != nil {
@@ -313,7 +317,7 @@ func TestCompare(t *testing.T) {
 	alone(t)
 	exports, times := t.TempDir(), filepath.Join(t.TempDir(), "times")
 	out, errs, err := script(t, "./compare", "--helper", helper, "--rounds", "1", "--passes", "1", "--files", "20",
-		"--export", exports, "--times", times, "--", "--timeout", "300")
+		"--export", exports, "--times", times, "--", "--timeout", guestTimeout)
 	if err != nil {
 		t.Fatalf("%v\n%s%s", err, out, errs)
 	}
@@ -354,7 +358,7 @@ func TestCompareFailure(t *testing.T) {
 		}
 	})
 	out, errs, err := script(t, "./compare", "--helper", helper, "--rounds", "1", "--passes", "1", "--files", "20",
-		"--only", "ours", "--export", exports, "--", "--timeout", "300")
+		"--only", "ours", "--export", exports, "--", "--timeout", guestTimeout)
 	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 1 {
 		t.Errorf("ended with %v, want status 1", err)
 	}
