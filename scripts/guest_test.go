@@ -52,8 +52,8 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
-// guestTimeout, in seconds, ends a guest that hangs: what takes the longest needs 210
-// beside another guest and a load of 13.
+// guestTimeout, in seconds, ends a guest that hangs: the longest test takes 210 beside
+// another guest and a load of 13.
 const guestTimeout = "900"
 
 // goTool runs go for something that stands alone, in a guest as well.
@@ -91,7 +91,7 @@ func script(t *testing.T, name string, args ...string) (out, errs string, err er
 // A guest may do on the share whatever a program may do on a native file system, and what it then
 // believes to be there is there. All requests of the protocol are seen while it does so.
 func TestSuiteInGuest(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	dir := t.TempDir()
 	suite, share, log := filepath.Join(dir, "guestsuite"), filepath.Join(dir, "share"), filepath.Join(dir, "log")
 	if err := os.Mkdir(share, 0o755); err != nil {
@@ -140,7 +140,7 @@ func TestSuiteInGuest(t *testing.T) {
 
 // Two guests on one name: the first one's QEMU unlinks that once it has connected.
 func TestTwoGuestsOnOneSocket(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	share := t.TempDir()
 	socket, _ := startHelper(t, share)
 	// Each waits for the other's file, works beside it, and counts both ones' work at the end.
@@ -178,7 +178,7 @@ func TestTwoGuestsOnOneSocket(t *testing.T) {
 // and compares what it reads. A change that a server died over answers EIO, and is made again by the
 // guest; nothing else may be seen.
 func TestSurvivalInGuest(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	share := t.TempDir()
 	socket, supervisor := startHelper(t, share)
 	const work = `
@@ -240,7 +240,7 @@ func TestSurvivalInGuest(t *testing.T) {
 
 // QEMU and the helper on the two ends of a socket pair, with no name at all.
 func TestInheritedSocket(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	share := t.TempDir()
 	out := guest(t, "--fd", "--share", share, "echo hello >f && cat f && stat -c %u:%a f")
 	if want := "hello\n0:644\n"; out != want {
@@ -254,7 +254,7 @@ func TestInheritedSocket(t *testing.T) {
 // An ordinary user starts both QEMU and the helper. What the guest's users make is of that user's own
 // ids on the host, and a range that there isn't gives the guest's root alone.
 func TestRootlessInGuest(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	const work = `
 		mkdir /tree && cd /tree || exit 90
 		for d in 1 2 3; do mkdir $d && for f in $(seq 20); do seq $d $((f * 137)) >$d/$f; done; done
@@ -314,7 +314,7 @@ func TestRootlessInGuest(t *testing.T) {
 
 // The comparison boots all three, and its table has a time of each for each workload.
 func TestCompare(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	exports, times := t.TempDir(), filepath.Join(t.TempDir(), "times")
 	out, errs, err := script(t, "./compare", "--helper", helper, "--rounds", "1", "--passes", "1", "--files", "20",
 		"--export", exports, "--times", times, "--", "--timeout", guestTimeout)
@@ -347,7 +347,7 @@ func TestCompare(t *testing.T) {
 
 // Half a tree takes half the time: such times are never shown.
 func TestCompareFailure(t *testing.T) {
-	alone(t)
+	besideOthers(t)
 	exports := t.TempDir()
 	if err := syscall.Mount("exports", exports, "tmpfs", 0, "nr_inodes=16"); err != nil {
 		t.Fatal(err)
@@ -372,8 +372,15 @@ func TestCompareFailure(t *testing.T) {
 	}
 }
 
-// alone is for a test that boots guests: not with -short, and beside others of its kind.
-func alone(t *testing.T) {
+// besideOthers is for a test that may boot guests beside another one.
+func besideOthers(t *testing.T) {
+	needGuest(t)
+	t.Parallel()
+}
+
+// needGuest skips the test with -short, and where no guest can be booted.
+func needGuest(t *testing.T) {
+	t.Helper()
 	if testing.Short() {
 		t.Skip("boots a guest")
 	}
@@ -381,7 +388,6 @@ func alone(t *testing.T) {
 	helpertest.NeedProgram(t, "qemu-system-x86_64", "qemu-system-x86")
 	helpertest.NeedProgram(t, "busybox", "busybox-static")
 	helpertest.NeedProgram(t, "cpio", "cpio")
-	t.Parallel()
 }
 
 // startHelper serves share, for QEMU run by nobody as scripts/guest does it, until the test ends.
