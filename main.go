@@ -88,7 +88,7 @@ Options:
 
 func parseOptions(args []string) (*options, error) {
 	o := &options{}
-	var level string
+	var level, busyPoll string
 	var uid, gid int64
 	f := pflag.NewFlagSet(supervisor.Name, pflag.ContinueOnError)
 	f.SortFlags = false
@@ -103,8 +103,12 @@ func parseOptions(args []string) (*options, error) {
 		"stay in the foreground and log to stderr, not to syslog")
 	f.BoolVar(&o.Once, "once", false,
 		"leave when the last client of NAME has left (with -f always so)")
-	f.IntVar(&o.Workers, "workers", 64,
-		"at most `N` requests in the file system at once, of 1 to 1024")
+	f.IntVar(&o.Workers, "workers", 256,
+		"serve at most `N` VMs at once, of 1 to 1024, each by a thread while it asks;\n"+
+			"more take turns")
+	f.StringVar(&busyPoll, "busy-poll", "on",
+		"on or off: ask for a busy VM's next request again and again, where that is\n"+
+			"faster, at the price of CPU time: `HOW`")
 	f.IntVar(&o.MaxConnections, "max-connections", 1024,
 		"at most `N` VMs at once, of 1 to 65536; more wait until one leaves")
 	f.BoolVar(&o.Server.FS.ReadOnly, "readonly", false,
@@ -166,6 +170,8 @@ func parseOptions(args []string) (*options, error) {
 		return bad("--max-connections %d: not within 1 to 65536", o.MaxConnections)
 	case o.Workers < 1 || o.Workers > 1024:
 		return bad("--workers %d: not within 1 to 1024", o.Workers)
+	case busyPoll != "on" && busyPoll != "off":
+		return bad("--busy-poll %q: not one of on, off", busyPoll)
 	case !o.Sandbox.Sandbox.Valid():
 		return bad("--sandbox %q: not one of namespace, chroot, none", o.Sandbox.Sandbox)
 	case !o.Sandbox.Seccomp.Valid():
@@ -183,6 +189,7 @@ func parseOptions(args []string) (*options, error) {
 	}
 	o.Server.LogLevel = o.LogLevel
 	o.Server.Sandbox, o.Server.Workers = o.Sandbox, o.Workers
+	o.Server.NoBusyPoll = busyPoll == "off"
 	return o, nil
 }
 

@@ -121,13 +121,29 @@ func watchOpens(t *testing.T, dir string, names ...string) func() {
 	}
 }
 
+// Special files are never opened or, where all mounts refuse devices, no device and
+// no socket is, and a FIFO never waited for.
 func TestCVE2023_2861(t *testing.T) {
 	t.Parallel()
-	dir, c, _ := newOurs(t)
-	fifo := filepath.Join(dir, "fifo")
-	notOpened := watchOpens(t, dir, "fifo", "null", "block", "sock")
+	for _, sandbox := range []string{"chroot", "namespace"} {
+		t.Run(sandbox, func(t *testing.T) { wantNoSpecialFiles(t, sandbox == "chroot", "--sandbox="+sandbox) })
+	}
+}
 
-	writer := newOpener(t, fifo, unix.O_WRONLY)
+func wantNoSpecialFiles(t *testing.T, never bool, options ...string) {
+	dir, c, _ := newOurs(t, options...)
+	fifo := filepath.Join(dir, "fifo")
+	watched := []string{"null", "block", "sock"}
+	blocked := func(flags int) (still, release func()) { return func() {}, func() {} }
+	if never {
+		watched = append(watched, "fifo")
+		blocked = func(flags int) (still, release func()) {
+			o := newOpener(t, fifo, flags)
+			return func() { o.mustBlock(t) }, func() { o.release(t, fifo) }
+		}
+	}
+	notOpened := watchOpens(t, dir, watched...)
+	still, release := blocked(unix.O_WRONLY)
 	for _, path := range []string{"/fifo", "/fifolink"} {
 		want(t, c, unix.ENXIO,
 			open(path, unix.O_RDONLY), open(path, unix.O_RDONLY|unix.O_NONBLOCK),
@@ -137,24 +153,99 @@ func TestCVE2023_2861(t *testing.T) {
 	}
 	for _, path := range []string{"/null", "/block", "/sock"} {
 		want(t, c, unix.ENXIO,
-			open(path, unix.O_RDWR), open(path, unix.O_CREAT|unix.O_WRONLY),
+			open(path, unix.O_RDWR), open(path, unix.O_CREAT|unix.O_WRONLY), open(path, unix.O_RDONLY),
+			open(path, unix.O_RDONLY|unix.O_NONBLOCK), open(path, 3),
 			create(path, unix.O_CREAT, 0o600, 1000, 1000))
 	}
 	want(t, c, unix.ENOTTY, getversion("/null"), getversion("/block"))
 	want(t, c, unix.ENXIO, getversion("/sock"))
-	writer.mustBlock(t)
+	still()
 	notOpened()
-	writer.release(t, fifo)
+	release()
 
-	notOpened = watchOpens(t, dir, "fifo")
-	reader := newOpener(t, fifo, unix.O_RDONLY)
+	notOpened = watchOpens(t, dir, watched...)
+	still, release = blocked(unix.O_RDONLY)
 	want(t, c, unix.ENXIO,
 		open("/fifo", unix.O_WRONLY), open("/fifo", unix.O_WRONLY|unix.O_TRUNC),
 		open("/fifo", unix.O_WRONLY|unix.O_NONBLOCK),
 		create("/fifolink", unix.O_WRONLY|unix.O_CREAT, 0o600, 1000, 1000))
-	reader.mustBlock(t)
+	still()
 	notOpened()
-	reader.release(t, fifo)
+	release()
+}
+
+// What was opened has the flags that were asked for, and no others.
+func TestOpenFlags(t *testing.T) {
+	t.Parallel()
+	for _, sandbox := range []string{"chroot", "namespace"} {
+		t.Run(sandbox, func(t *testing.T) {
+			_, c, _ := newOurs(t, "--sandbox="+sandbox)
+			for _, flags := range []int{
+				unix.O_RDONLY, unix.O_WRONLY, unix.O_RDWR | unix.O_APPEND, unix.O_RDWR | unix.O_NONBLOCK,
+				unix.O_RDONLY | unix.O_NOATIME, unix.O_WRONLY | unix.O_SYNC, unix.O_RDWR | unix.O_CREAT,
+				unix.O_WRONLY | unix.O_TRUNC | unix.O_APPEND | unix.O_NONBLOCK,
+			} {
+				a := ask(t, c, open("/file", flags))
+				if a.Errno != 0 {
+					t.Fatalf("%#o: %v", flags, a.Errno)
+				}
+				const kept = unix.O_ACCMODE | unix.O_APPEND | unix.O_NONBLOCK | unix.O_NOATIME | unix.O_SYNC
+				got, err := unix.FcntlInt(a.File.Fd(), unix.F_GETFL, 0)
+				if err != nil || got&kept != flags&kept {
+					t.Errorf("%#o: the descriptor has %#o, %v", flags, got, err)
+				}
+				a.File.Close()
+			}
+		})
+	}
+}
+
+// A process that has leased a file, and does not let go, keeps whoever opens it
+// waiting, but no worker and nobody else.
+func TestLeasedFile(t *testing.T) {
+	t.Parallel()
+	for _, sandbox := range []string{"chroot", "namespace"} {
+		t.Run(sandbox, func(t *testing.T) {
+			dir := t.TempDir()
+			makeTree(t, dir)
+			_, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=4", "--sandbox="+sandbox)
+			f, err := os.OpenFile(filepath.Join(dir, "file"), os.O_RDONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
+				t.Fatal(err)
+			}
+			asked := open("/file", unix.O_RDWR)
+			var waiting []*helpertest.Client
+			for range 20 {
+				c := helpertest.Dial(t, name)
+				c.Send(asked.frame(true))
+				waiting = append(waiting, c)
+			}
+			other := helpertest.Dial(t, name)
+			want(t, other, unix.EAGAIN, open("/file", unix.O_RDWR|unix.O_NONBLOCK))
+			for range 100 {
+				want(t, other, 0, lstat("/file"))
+			}
+			for _, c := range waiting {
+				if err := c.Silent(time.Millisecond); err != nil {
+					t.Fatalf("an answer while the file is leased: %v", err)
+				}
+			}
+			if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range waiting {
+				a := c.Read(asked.t)
+				if a.Errno != 0 {
+					t.Fatal(a.Errno)
+				}
+				a.File.Close()
+			}
+		})
+	}
 }
 
 // A file that a user makes in a setgid directory of a group that is not his
@@ -234,11 +325,21 @@ func race(t *testing.T, round func() (one, other bool)) {
 }
 
 // A name is now a regular file, now a FIFO, a device or a socket. Whatever
-// the helper finds, it answers, and opens nothing but the regular file.
+// the helper finds, it answers, and gives away nothing but the regular file.
 func TestCVE2023_2861Race(t *testing.T) {
 	t.Parallel()
-	dir, c, _ := newOurs(t)
-	notOpened := watchOpens(t, dir, "fifo", "null", "sock")
+	for _, sandbox := range []string{"chroot", "namespace"} {
+		t.Run(sandbox, func(t *testing.T) { raceForSpecialFiles(t, sandbox == "chroot", "--sandbox="+sandbox) })
+	}
+}
+
+func raceForSpecialFiles(t *testing.T, never bool, options ...string) {
+	dir, c, _ := newOurs(t, options...)
+	watched := []string{"null", "sock"}
+	if never {
+		watched = append(watched, "fifo")
+	}
+	notOpened := watchOpens(t, dir, watched...)
 	var pairs [][2]string
 	var paths []string
 	for _, special := range []string{"fifo", "null", "sock"} {

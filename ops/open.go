@@ -31,8 +31,8 @@ func (fs *FS) create(c *Call) unix.Errno {
 }
 
 // openAny sets c.FD. A file is created only where there is none (O_EXCL), and
-// what is there is opened only after a look at what it is. So neither can be
-// led to a FIFO or a device by an exchange of names in between.
+// what is there is opened so that a FIFO is not waited for and a device never
+// opened, not even if names are exchanged in between.
 func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
 	path, flags := c.req.Path, int(c.req.Flags)|unix.O_CLOEXEC
 	switch {
@@ -42,6 +42,9 @@ func (fs *FS) openAny(c *Call, mode uint32) unix.Errno {
 		// The kernel itself opens nothing but directories, or an unnamed
 		// file in one (O_TMPFILE). Half of a guest's OPENs are these.
 		return fs.openAt(c, path, flags, mode)
+	case flags&unix.O_CREAT == 0 && fs.noDevices && flags&unix.O_ACCMODE != unix.O_ACCMODE &&
+		!(fs.readOnly && writes(flags)):
+		return fs.openNow(c, path, flags, mode)
 	case flags&unix.O_CREAT == 0:
 		return fs.openExisting(c, path, flags, mode)
 	}
@@ -78,6 +81,54 @@ func (fs *FS) openAt(c *Call, path codec.CString, flags int, mode uint32) unix.E
 		c.FD = fd
 	}
 	return errno
+}
+
+// openNow opens what path leads to, and closes it again if that is neither a
+// regular file nor a directory. It is for mounts that let no device be opened. A
+// FIFO may be open for a moment, which wakes a process of the host that waits on its
+// other end; to look first, as openExisting does, takes 2.7 µs more.
+func (fs *FS) openNow(c *Call, path codec.CString, flags int, mode uint32) unix.Errno {
+	at, errno := resolve(path)
+	if errno != 0 {
+		return errno
+	}
+	fd, errno := c.openFile(at.dir, at.name, flags, mode)
+	at.close()
+	switch {
+	case errno == unix.EACCES: // a device, perhaps
+		return fs.openExisting(c, path, flags, mode)
+	case errno != 0:
+		return errno
+	}
+	if errno = fstat(fd, &c.stat); errno == 0 {
+		if kind := c.stat.Mode & unix.S_IFMT; kind == unix.S_IFREG || kind == unix.S_IFDIR {
+			c.FD = fd
+			return 0
+		}
+		errno = unix.ENXIO
+	}
+	closefd(fd)
+	return errno
+}
+
+// openFile is openat of what may be leased (fcntl(2), F_SETLEASE): the kernel asks
+// the holder to let go, who may take lease-break-time, 45 s. Such a request is to be
+// done Again. The descriptor has the flags that were asked for.
+func (c *Call) openFile(dir int, name *byte, flags int, mode uint32) (int, unix.Errno) {
+	if c.MayWait || flags&unix.O_NONBLOCK != 0 {
+		return openat(dir, name, flags, mode)
+	}
+	fd, errno := openat(dir, name, flags|unix.O_NONBLOCK, mode)
+	switch errno {
+	case 0:
+		if errno = setFlags(fd, flags); errno != 0 {
+			closefd(fd)
+			return -1, errno
+		}
+	case unix.EAGAIN:
+		c.Again = true
+	}
+	return fd, errno
 }
 
 // openExisting opens what path leads to if it is a regular file or a
@@ -130,7 +181,7 @@ func (fs *FS) mayOpen(c *Call, fd, flags int, mode uint32) unix.Errno {
 
 // reopen opens the file under an O_PATH descriptor; -1 if that fails.
 func (fs *FS) reopen(c *Call, fd, flags int, mode uint32) (int, unix.Errno) {
-	return openat(fs.fds, c.nameOf(fd), flags, mode)
+	return c.openFile(fs.fds, c.nameOf(fd), flags, mode)
 }
 
 // nameOf returns the name of a descriptor in fds.

@@ -19,8 +19,8 @@
 // A request comes from a guest that may be hostile. The process' root is the
 // export (package sandbox), so a path may say what it likes; a length that a
 // request names never takes memory beyond 64 KiB. Nothing here waits for
-// another process except a file system itself: FIFOs, devices and sockets are
-// never opened.
+// another process except a file system itself: devices and sockets are never
+// opened, a FIFO never waited for (open.go).
 //
 // # Threads
 //
@@ -78,7 +78,9 @@ type FS struct {
 	log      *slog.Logger
 	trace    bool // log each request
 	readOnly bool
-	self     codec.CString // the name of fds in itself: some file on another mount
+	// noDevices says that no mount lets a device be opened.
+	noDevices bool
+	self      codec.CString // the name of fds in itself: some file on another mount
 
 	translates bool // uids or gids
 	uids, gids IDMap
@@ -88,9 +90,11 @@ type FS struct {
 // Options are what the file system is asked for beside what there is.
 type Options struct {
 	ReadOnly bool // what would change anything is answered by EROFS
-	UIDs     IDMap
-	GIDs     IDMap
-	Sysctls  Sysctls
+	// NoDevices promises that every mount refuses to open a device.
+	NoDevices bool
+	UIDs      IDMap
+	GIDs      IDMap
+	Sysctls   Sysctls
 }
 
 // New returns the file system below the process' root. fds is a descriptor
@@ -101,8 +105,8 @@ func New(fds int, opts Options, log *slog.Logger) (*FS, error) {
 		fds:      fds,
 		log:      log,
 		trace:    log.Enabled(context.Background(), slog.LevelDebug),
-		readOnly: opts.ReadOnly,
-		self:     codec.CString(strconv.Itoa(fds) + "\x00"),
+		readOnly: opts.ReadOnly, noDevices: opts.NoDevices,
+		self: codec.CString(strconv.Itoa(fds) + "\x00"),
 
 		translates: opts.UIDs.given != nil || opts.GIDs.given != nil,
 		uids:       opts.UIDs,
@@ -129,6 +133,11 @@ type Call struct {
 	// to it, must not call Do again, and has to end.
 	Tainted bool
 
+	// Again says that the request can't be done without waiting, and that nothing
+	// has come of it yet: it is to be done once more, some time later. It is never
+	// set if the caller of Do has set MayWait.
+	Again, MayWait bool
+
 	// Connection is the number in the log of what the request came on.
 	Connection uint64
 
@@ -150,7 +159,7 @@ type Call struct {
 // payload is overwritten. It leaves an answer in c.Out, which it reuses, and
 // in c.FD, whatever happens.
 func (fs *FS) Do(t codec.Type, payload []byte, c *Call) {
-	c.Out, c.FD = c.Out[:0], -1
+	c.Out, c.FD, c.Again = c.Out[:0], -1, false
 	errno := fs.do(t, payload, c)
 	switch {
 	case errno != 0:

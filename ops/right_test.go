@@ -20,14 +20,14 @@ import (
 // of faults that have a number are in cve_test.go, with a table of all.
 
 // newOurs starts our helper on a new tree.
-func newOurs(t *testing.T) (dir string, c *helpertest.Client, p *helpertest.Process) {
+func newOurs(t *testing.T, options ...string) (dir string, c *helpertest.Client, p *helpertest.Process) {
 	t.Helper()
 	dir = filepath.Join(t.TempDir(), "export")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	makeTree(t, dir)
-	p, c = helpertest.Pair(t, helpertest.Ours(t), dir)
+	p, c = helpertest.Pair(t, helpertest.Ours(t), dir, options...)
 	return dir, c, p
 }
 

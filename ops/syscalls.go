@@ -32,6 +32,12 @@ func openat(dir int, name *byte, flags int, mode uint32) (int, unix.Errno) {
 	return fd, 0
 }
 
+// setFlags is fcntl(F_SETFL): the access mode and what only open knows stay.
+func setFlags(fd, flags int) unix.Errno {
+	_, errno := call(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, uintptr(flags), 0, 0)
+	return errno
+}
+
 // closefd ignores what close says: the descriptor is gone in any case, and
 // what was written is told to whoever wrote it.
 func closefd(fd int) { unix.Syscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }

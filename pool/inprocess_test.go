@@ -22,6 +22,7 @@ import (
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/ipc"
 	"virtfs-proxy-helper/pool/progress"
 )
 
@@ -92,7 +93,7 @@ func newInProcess(tb testing.TB) *inProcess {
 	tb.Helper()
 	s := &inProcess{ended: map[uint32]bool{}}
 	var err error
-	s.Server, err = pool.NewServer(host().fs, host().memory, slots, func(id uint32, ended bool) {
+	s.Server, err = pool.NewServer(host().fs, host().memory, &pool.Config{Workers: slots}, func(id uint32, ended bool) {
 		s.mu.Lock()
 		s.ended[id] = ended
 		s.mu.Unlock()
@@ -190,7 +191,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Add(theirs, 0, 1, true); err != nil {
+	if err := s.Add(theirs, ipc.NewConn{ID: 0, Number: 1, Peer: 1, Raw: true}); err != nil {
 		t.Fatal(err)
 	}
 	type result struct {
@@ -220,7 +221,7 @@ func serve(t *testing.T, stream []byte, piece, renew int) {
 			s.Close()
 			if !ended() {
 				s = newInProcess(t)
-				if err := s.Add(keeps, 0, 1, true); err != nil {
+				if err := s.Add(keeps, ipc.NewConn{ID: 0, Number: 1, Peer: 1, Raw: true}); err != nil {
 					t.Fatal(err)
 				}
 				keeps = -1
@@ -297,7 +298,7 @@ func TestCollectedGarbage(t *testing.T) {
 		if err := unix.SetsockoptTimeval(ours, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Add(theirs, id, uint64(id), true); err != nil {
+		if err := s.Add(theirs, ipc.NewConn{ID: id, Number: uint64(id), Peer: uint64(id), Raw: true}); err != nil {
 			t.Fatal(err)
 		}
 		clients.Go(func() {
@@ -358,7 +359,7 @@ func TestPassedDescriptorWaits(t *testing.T) {
 			t.Fatal(err)
 		}
 		ours, theirs := socketPair(t)
-		if err := s.Add(theirs, id, uint64(id), raw); err != nil {
+		if err := s.Add(theirs, ipc.NewConn{ID: id, Number: uint64(id), Peer: uint64(id), Raw: raw}); err != nil {
 			t.Fatal(err)
 		}
 		return ours

@@ -143,3 +143,96 @@ func TestFairness(t *testing.T) {
 		}
 	})
 }
+
+// A client that reads none of its answers has only a few descriptors under way: the
+// kernel counts them for all helpers of a user.
+func TestUnreadDescriptors(t *testing.T) {
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		var all []byte
+		const asked = 500
+		for range asked {
+			all = append(all, frame(codec.Open, "/a")...)
+		}
+		c.Send(all)
+		const size = 4 // of an answer
+		helpertest.Eventually(t, "the server waits for the client", func() bool {
+			n := c.Unread(t)
+			time.Sleep(50 * time.Millisecond)
+			return n > 0 && n == c.Unread(t)
+		})
+		if n := c.Unread(t) / size; n > 8 {
+			t.Errorf("%d descriptors that nobody has read", n)
+		}
+		for i := range asked {
+			a := c.Read(codec.Open)
+			if a.Errno != 0 || a.File == nil {
+				t.Fatalf("answer %d: %v", i, a.Errno)
+			}
+			a.File.Close()
+		}
+	})
+}
+
+// Answers that nobody reads hold no thread, and no worker.
+func TestDeafClients(t *testing.T) {
+	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill, Args: []string{"--workers=4"}})
+		c := h.Dial()
+		c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		threads := len(helpertest.Threads(t, h.Server()))
+		var all []byte
+		for range 50 {
+			all = append(all, frame(codec.Lstat, "/a")...)
+		}
+		var deaf []*helpertest.Client
+		for range 100 {
+			d := h.Dial()
+			d.Send(all)
+			deaf = append(deaf, d)
+		}
+		for _, d := range deaf {
+			helpertest.Eventually(t, "it has answers", func() bool { return d.Unread(t) > 0 })
+			c.Want(0, codec.Lstat, codec.Request{Path: helpertest.Path("/a")})
+		}
+		if n := len(helpertest.Threads(t, h.Server())); n > threads+20 {
+			t.Errorf("%d threads, were %d", n, threads)
+		}
+		for _, d := range deaf {
+			for range 50 {
+				if a := d.Read(codec.Lstat); a.Errno != 0 {
+					t.Fatal(a.Errno)
+				}
+			}
+		}
+	})
+}
+
+// What does not fit into a small send buffer comes whole, and so does what is
+// behind it.
+func TestLongAnswers(t *testing.T) {
+	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
+		h := way.Start(t, helpertest.Setup{Fill: fill})
+		c := h.Dial()
+		target := strings.Repeat("x", 4000)
+		c.Want(0, codec.Symlink, codec.Request{Path: helpertest.Path("/long"), Target: helpertest.Path(target)})
+		q := codec.Request{Path: helpertest.Path("/long"), Size: 5000}
+		var all []byte
+		const asked = 100
+		for range asked {
+			all = append(q.Append(all, codec.Readlink), frame(codec.Open, "/a")...)
+		}
+		c.Send(all)
+		for i := range asked {
+			if a := c.Read(codec.Readlink); a.Errno != 0 || len(a.Payload) != 2+len(target) {
+				t.Fatalf("round %d: %v, %d bytes", i, a.Errno, len(a.Payload))
+			}
+			a := c.Read(codec.Open)
+			if a.Errno != 0 {
+				t.Fatalf("round %d: %v", i, a.Errno)
+			}
+			a.File.Close()
+		}
+	})
+}

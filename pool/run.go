@@ -21,7 +21,9 @@ type Config struct {
 	LogLevel slog.Level
 	FS       ops.Options
 	Sandbox  sandbox.Config
-	Workers  int // requests in the file system at once
+	Workers  int // connections that are served at once
+	// NoBusyPoll has no worker ask again and again for the next request.
+	NoBusyPoll bool
 }
 
 // Run is the server process. It gets from the supervisor what it is to do, and
@@ -46,9 +48,6 @@ func Run() error {
 	}
 	log := logging.ForServer(cfg.LogLevel)
 	defer logging.FlushServer(log)
-	if err := CalmMonitor(); err != nil {
-		log.Warn("sparse traffic will cost more CPU than it must", "error", err)
-	}
 	ipc.NameProcess(ipc.ServerName)
 	gone := newOutbox(func(n goneConn) error { return control.SendGone(n.id, n.ended) })
 	server, err := cfg.enter(control, number, gone, log)
@@ -59,13 +58,13 @@ func Run() error {
 	if err := control.SendReady(); err != nil {
 		return err
 	}
-	handOver, err := control.Serve(func(fd int, id uint32, number uint64, raw bool) error {
-		err := server.Add(fd, id, number, raw)
+	handOver, err := control.Serve(func(fd int, n ipc.NewConn) error {
+		err := server.Add(fd, n)
 		if err != nil {
-			log.Error("connection refused", "connection", number, "error", err)
+			log.Error("connection refused", "connection", n.Number, "error", err)
 		}
 		return err
-	}, func() { server.Ping() })
+	}, server.Ping)
 	switch {
 	case err != nil:
 		log.Error("the supervisor died: serving on until the last client has left", "error", err)
@@ -112,10 +111,11 @@ func (cfg *Config) enter(
 		}
 		inside.Violations.Close()
 	}
+	cfg.FS.NoDevices = cfg.Sandbox.Sandbox == sandbox.SandboxNamespace
 	fs, err := ops.New(inside.FDs, cfg.FS, log)
 	if err != nil {
 		return nil, err
 	}
 	closed := func(id uint32, ended bool) { gone.put(goneConn{id, ended}) }
-	return NewServer(fs, Memories{j, p, number}, cfg.Workers, closed, log)
+	return NewServer(fs, Memories{j, p, number}, cfg, closed, log)
 }

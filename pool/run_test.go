@@ -92,14 +92,14 @@ func TestRefusedByTheServer(t *testing.T) {
 	}
 	defer r.Close()
 	defer w.Close()
-	if err := control.SendConn(ipc.Conn, 1, int(r.Fd()), 0); err != nil {
+	if err := control.SendNewConn(ipc.NewConn{ID: 1}, int(r.Fd()), 0); err != nil {
 		t.Fatal(err)
 	}
 	if id, _ := recv(t, control, ipc.Refused).Conn(); id != 1 {
 		t.Errorf("connection %d refused, want 1", id)
 	}
 	ours, theirs := helpertest.SocketPair(t)
-	if err := control.SendConn(ipc.Conn, 1, int(theirs.Fd()), 0); err != nil {
+	if err := control.SendNewConn(ipc.NewConn{ID: 1}, int(theirs.Fd()), 0); err != nil {
 		t.Fatal(err)
 	}
 	theirs.Close()

@@ -1,63 +1,67 @@
-// Package pool serves connections: it reads their frames, gives each its turn
-// in the file system and sends the answers.
+// Package pool serves connections: an epoll loop reads their requests, a bounded
+// pool of workers does them.
 //
-//	pool.go      the server: connections come, rest in an epoll loop, and go
-//	loop.go      the epoll loops: who rests there gets a turn, or is served there
-//	conn.go      one connection's turn: frames in, answers out
-//	stay.go      the one place that decides where a connection spends its time
-//	monitor.go   what the Go runtime costs when little is asked
-//	workers.go   the bound of requests in the file system at once
+//	server.go    the server: connections come and go, and are parked or leased
+//	loop.go      the epoll loop, in which connections are parked
+//	workers.go   the bounded pool, and whose turn it is
+//	conn.go      a lease: requests in, answers out
+//	wait.go      how a worker waits for the next request
+//	policy.go    how long, and when a lease ends: it decides, others do
+//	runtime.go   what the Go runtime is told
+//	run.go       the server process
 //	inflight/    what is in work, in memory that outlives the server
 //	progress/    how far servers are, for the supervisor
-//	supervisor/      the process outside the export: the socket's name, the daemon
+//	supervisor/  the process outside the export: the socket's name, the daemon
 //
 // # The way of a request
 //
-// Idle connections rest in an epoll loop, gnet's. When a request comes, the
-// connection gets a turn on a thread: that reads the request into its slot of
-// the in-flight memory, copies it to a pooled buffer, decodes it there in place, does it
-// and answers it. QEMU waits for each answer, so a hand-off to another thread
-// buys nothing and costs two wake-ups, more than most requests; it is made once
-// for a turn, which lasts as long as requests keep coming. What a pool is for
-// remains: [Workers] bounds the requests that are in the file system at once,
-// and a request that hangs there hangs alone.
+//	        a whole request, or room for an answer
+//	      .----------------------------------------.
+//	      |                                        v
+//	   parked                                   leased
+//	in the epoll loop                   to a worker, or in its queue
+//	      ^                                        |
+//	      '----------------------------------------'
+//	        nothing asked for long, others wait, or
+//	        the client does not read its answer
 //
-// Where one CPU serves many connections, none of which asks for much of all, a
-// change of threads costs more than most requests. Their loop serves them
-// itself then, one after the other; a request that takes long keeps that
-// thread, and another one goes on with the loop (loop.go).
+// The loop, gnet's poller, receives what comes into the connection's slot of the
+// in-flight memory. A connection with a whole request goes to a worker, which is a
+// thread: that copies the request to a pooled buffer, decodes it there in place,
+// does it and answers. QEMU waits for each answer, so to hand requests from thread
+// to thread buys nothing and costs two wake-ups, more than most requests: the worker
+// keeps the connection while requests keep coming (a lease). A request that hangs
+// hangs alone. What has no thread to wait on waits without one: an answer that the
+// client does not read in the loop, a file that is leased (fcntl(2)) for a timer.
 //
 // gnet's own connections are not used, only its poller: they would read into
 // gnet's memory, and a request that is there when the server dies is lost.
 //
 // # Who owns what
 //
-// A connection's descriptor belongs to its conn, from Add until Server.finish
-// closes it; only its turn, or the loop that serves it instead, reads and
-// writes it, so it can't be closed and its number given to another connection
-// in between. A descriptor that goes with an answer belongs to the turn from
-// ops.FS.Do until it is sent.
+// A connection's descriptor belongs to its conn, from Add until Server.leave closes
+// it; only its worker, or the loop while it is parked, reads and writes it, so it
+// can't be closed and its number given to another connection in between. A
+// descriptor that goes with an answer belongs to the connection from ops.FS.Do until
+// it is sent.
 package pool
 
 import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops"
 	"virtfs-proxy-helper/pool/inflight"
+	"virtfs-proxy-helper/pool/ipc"
 	"virtfs-proxy-helper/pool/progress"
 )
-
-// maxIdleThreads are kept for turns to come. A thread takes some 60 KiB, which an
-// idle connection should not.
-const maxIdleThreads = 8
 
 // Server serves any number of connections to one file system.
 type Server struct {
@@ -65,18 +69,19 @@ type Server struct {
 	inflight *inflight.Memory
 	progress *progress.Memory
 	log      *slog.Logger
-	workers  *Workers
-	crowd    *crowd
+	workers  *workers
+	loop     *loop
+	noBusy   bool // no busy-polling
 	gone     func(id uint32, ended bool)
 
-	idleThreads atomic.Int32 // threads that have ended a turn
 	handingOver atomic.Bool
 	handoverFD  int // an eventfd, readable once handing over has begun
-	loops       []*loop
 
 	mu       sync.Mutex
-	turns    map[*conn]struct{}
-	leaving  int // connections that are in neither any more, but not yet closed
+	conns    map[*conn]struct{} // parked or leased
+	peers    map[uint64]*peer   // of conns
+	leaving  int                // connections that are not in conns any more, but not yet closed
+	used     bool               // since memory was given back
 	draining bool
 	sealed   bool // nobody adds connections any more
 	closed   sync.Once
@@ -90,65 +95,51 @@ type Memories struct {
 	Server   uint32 // the server's number in Progress
 }
 
-// NewServer returns a server of fs that has at most n requests in the file
-// system at once. gone is called when it has closed a connection: ended, or as
-// it is, for another server to go on with. It must not wait.
+// Loops is the number of epoll loops of a server, which takes three descriptors
+// for each.
+const Loops = 1
+
+// NewServer returns a server of fs as cfg says. gone is called when it has closed a
+// connection: ended, or as it is, for another server to go on with. It must not
+// wait.
 func NewServer(
-	fs *ops.FS, m Memories, n int, gone func(id uint32, ended bool), log *slog.Logger,
+	fs *ops.FS, m Memories, cfg *Config, gone func(id uint32, ended bool), log *slog.Logger,
 ) (*Server, error) {
 	s := &Server{
 		fs:       fs,
 		inflight: m.Inflight,
 		progress: m.Progress,
 		log:      log,
-		workers:  NewWorkers(n),
-		crowd:    newCrowd(n),
+		noBusy:   cfg.NoBusyPoll,
 		gone:     gone,
-		turns:    make(map[*conn]struct{}),
+		conns:    make(map[*conn]struct{}),
+		peers:    make(map[uint64]*peer),
 		empty:    make(chan struct{}),
 	}
+	s.workers = newWorkers(cfg.Workers, s.lease)
 	var err error
 	if s.handoverFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	records := m.Progress.Loops(m.Server)
-	for i := range Loops() {
-		l, err := newLoop(s, &records[i])
-		if err != nil {
-			return nil, err
-		}
-		s.loops = append(s.loops, l)
-	}
-	return s, nil
+	s.loop, err = newLoop(s, &m.Progress.Loops(m.Server)[0])
+	return s, err
 }
 
-// Loops returns the number of epoll loops of a server, which takes three
-// descriptors for each.
-func Loops() int {
-	return min(progress.MaxLoops, max(1, runtime.NumCPU()/2)) // the other CPUs are the clients'
-}
-
-// Close ends the epoll loops of a server that has no connections any more.
+// Close ends the loop and the workers of a server that has no connections any more.
 func (s *Server) Close() error {
-	var err error
-	for _, l := range s.loops {
-		err = errors.Join(err, l.close())
-	}
-	return errors.Join(err, unix.Close(s.handoverFD))
+	s.workers.close()
+	return errors.Join(s.loop.close(), unix.Close(s.handoverFD))
 }
 
-// Add serves a connected stream socket, which the server owns from now on.
-// What another server has left of it is in its slot of the in-flight memory,
-// which is id. number is what the log calls it. raw promises that no descriptors
-// can come by it: the last close of one may wait, which must not happen in a call
-// that the scheduler does not see.
-func (s *Server) Add(fd int, id uint32, number uint64, raw bool) error {
-	c := &conn{srv: s, id: id, number: number, fd: fd, raw: raw, pace: newPace(),
-		loop: s.loops[int(id)%len(s.loops)],
-		slot: s.inflight.Slot(id), progress: s.progress.Conn(id)}
+// Add serves a connected stream socket, which the server owns from now on. What
+// another server has left of it is in its slot of the in-flight memory.
+func (s *Server) Add(fd int, n ipc.NewConn) error {
+	c := &conn{srv: s, id: n.ID, number: n.Number, fd: fd, raw: n.Raw,
+		slot: s.inflight.Slot(n.ID), progress: s.progress.Conn(n.ID)}
+	c.policy.noBusyPoll = s.noBusy
 	if c.slot == nil || c.progress == nil {
 		c.close(true)
-		return fmt.Errorf("no memory for connection %d", id)
+		return fmt.Errorf("no memory for connection %d", n.ID)
 	}
 	if err := prepare(fd); err != nil {
 		c.close(true)
@@ -157,74 +148,66 @@ func (s *Server) Add(fd int, id uint32, number uint64, raw bool) error {
 	c.log().Debug("connection")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.turns[c] = struct{}{}
+	c.peer = s.peers[n.Peer]
+	if c.peer == nil {
+		c.peer = &peer{number: n.Peer}
+		s.peers[n.Peer] = c.peer
+	}
+	c.peer.conns++
+	s.conns[c] = struct{}{}
+	s.used = true
 	if s.draining {
 		c.refuse()
 	}
-	go s.serve(c)
+	s.workers.submit(c)
 	return nil
 }
 
-// serve is the goroutine of a turn.
-func (s *Server) serve(c *conn) {
-	if s.idleThreads.Add(-1) < 0 {
-		s.idleThreads.Add(1)
-	}
-	end := c.take()
-	s.mu.Lock()
-	closing := s.finish(c, end)
-	s.mu.Unlock()
-	if closing != nil {
-		closing()
-	}
-	if s.idleThreads.Add(1) <= maxIdleThreads {
-		return
-	}
-	s.idleThreads.Add(-1)
-	s.mu.Lock()
-	last := len(s.turns) == 0 && nanotime() > s.crowd.lately // a crowd has no turns
-	s.mu.Unlock()
-	if last { // of many: what they took goes back to the system
-		debug.FreeOSMemory()
-	}
-	runtime.LockOSThread() // the thread ends with this goroutine
-}
-
-// finish ends a turn. The caller holds mu. What closes the connection, if that is
-// to be, is returned: it may wait, so the caller runs it without mu, and not
-// where others wait for it.
-func (s *Server) finish(c *conn, end outcome) (closing func()) {
-	if end == idle && s.handingOver.Load() {
-		end = handedOver
-	}
-	var failed error
+// lease is what a worker does with a connection. Once that is parked or submitted it
+// is another thread's.
+func (s *Server) lease(c *conn) (sound bool) {
+	setSlack(workerSlack)
+	end := c.serve()
 	switch end {
-	case tainted:
-		go s.serve(c) // on another thread: this goroutine ends, and its thread with it
-		return nil
-	case idle:
-		if failed = c.loop.rest(c); failed == nil {
-			return nil
-		}
-		end = peerClosed
+	case queues, tainted:
+		s.workers.submit(c)
+		return end != tainted
+	case retries:
+		time.AfterFunc(c.retryIn(), func() { s.workers.submit(c) })
+		return true
 	}
-	delete(s.turns, c)
-	s.leaving++
-	return s.closing(c, end, failed)
+	s.mu.Lock()
+	var failed error
+	if end == parks && !s.handingOver.Load() {
+		if failed = s.loop.park(c); failed == nil {
+			s.mu.Unlock()
+			return true
+		}
+	}
+	closing := s.leave(c, end == ends || failed != nil, failed)
+	s.mu.Unlock()
+	closing()
+	return true
 }
 
-// closing returns what closes a connection, for the reason end, or failed if
-// that is not nil.
-func (s *Server) closing(c *conn, end outcome, failed error) func() {
+// leave takes out a connection that is neither parked nor leased any more. The
+// caller holds mu. It returns what closes the connection, which may wait: the caller
+// runs it without mu, and not where others wait for it.
+func (s *Server) leave(c *conn, ended bool, failed error) (closing func()) {
+	delete(s.conns, c)
+	if c.peer.conns--; c.peer.conns == 0 {
+		delete(s.peers, c.peer.number)
+	}
+	s.leaving++
 	return func() {
 		switch n := c.slot.Pending(); {
 		case failed != nil:
 			c.log().Error("connection closed", "error", failed)
-		case end == peerClosed && n > 0 && !c.told:
+		case ended && n > 0 && !c.told:
 			c.log().Warn("client left in the middle of a request", "bytes", n)
 		}
-		c.close(end == peerClosed)
-		s.gone(c.id, end == peerClosed)
+		c.close(ended)
+		s.gone(c.id, ended)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.leaving--
@@ -233,7 +216,7 @@ func (s *Server) closing(c *conn, end outcome, failed error) func() {
 }
 
 func (s *Server) closeIfEmpty() {
-	if (s.draining || s.sealed || s.handingOver.Load()) && s.serving() == 0 && s.leaving == 0 {
+	if (s.draining || s.sealed || s.handingOver.Load()) && len(s.conns) == 0 && s.leaving == 0 {
 		s.closed.Do(func() { close(s.empty) })
 	}
 }
@@ -242,21 +225,32 @@ func (s *Server) closeIfEmpty() {
 func (s *Server) Serving() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.serving()
+	return len(s.conns)
 }
 
-func (s *Server) serving() int {
-	n := len(s.turns)
-	for _, l := range s.loops {
-		n += len(l.resting)
-	}
-	return n
-}
+// hungAfter is how old a request is that is not going to make its worker busy.
+const hungAfter = time.Second
 
-// Ping makes each loop count that it has come round.
+// Ping makes the loop count that it has come round. The supervisor asks for it each
+// second, or each few while nothing is in work.
 func (s *Server) Ping() {
-	for _, l := range s.loops {
-		unix.Write(l.pingFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	s.loop.ping()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	hung, now := int32(0), progress.Now()
+	for c := range s.conns {
+		if w := c.progress.Work(); w.Age(now) > hungAfter && !w.Answering() {
+			hung++
+		}
+	}
+	s.workers.hung.Store(hung)
+	switch {
+	case s.workers.leases.Load() > 0:
+		s.used = true
+	case s.used: // what requests took goes back to the system
+		s.used = false
+		s.workers.procs.rest()
+		go debug.FreeOSMemory()
 	}
 }
 
@@ -270,13 +264,8 @@ func (s *Server) Drain() <-chan struct{} {
 		return s.empty
 	}
 	s.draining = true
-	for c := range s.turns {
+	for c := range s.conns {
 		c.refuse()
-	}
-	for _, l := range s.loops {
-		for _, c := range l.resting {
-			c.refuse()
-		}
 	}
 	s.closeIfEmpty()
 	return s.empty
@@ -293,7 +282,8 @@ func (s *Server) Empty() <-chan struct{} {
 }
 
 // HandOver leaves all connections to another server, each once its request in
-// work is answered. The channel closes when all have gone.
+// work is answered, or the answer is there for the other server to send. The
+// channel closes when all have gone.
 func (s *Server) HandOver() <-chan struct{} {
 	for _, closing := range s.handOver() {
 		closing()
@@ -301,7 +291,7 @@ func (s *Server) HandOver() <-chan struct{} {
 	return s.empty
 }
 
-// handOver begins it, and returns what closes the connections that rest.
+// handOver begins it, and returns what closes the connections that no worker has.
 func (s *Server) handOver() (closing []func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -310,13 +300,12 @@ func (s *Server) handOver() (closing []func()) {
 	}
 	s.handingOver.Store(true)
 	unix.Write(s.handoverFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	for _, l := range s.loops {
-		for _, c := range l.resting {
-			if c != l.here { // the loop sees to that
-				l.unrest(c)
-				closing = append(closing, s.finish(c, handedOver))
-			}
-		}
+	for _, c := range s.loop.parked {
+		s.loop.unpark(c)
+		closing = append(closing, s.leave(c, false, nil))
+	}
+	for _, c := range s.workers.takeBack(s.peers) {
+		closing = append(closing, s.leave(c, false, nil))
 	}
 	s.closeIfEmpty()
 	return closing

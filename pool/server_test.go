@@ -225,10 +225,9 @@ func TestStuckRequest(t *testing.T) {
 	})
 }
 
-// Many busy connections are served by one thread, where that is faster: on a
-// CPU of its own. A request that hangs there still hangs alone, and none is
-// lost when another server takes over.
-func TestCrowd(t *testing.T) {
+// More connections ask all the time than there are workers, some of them for what
+// hangs: all the others are served, by the first server and by those after it.
+func TestMoreThanWorkers(t *testing.T) {
 	const clients, hanging = 48, 4
 	dir := export(t)
 	stuck := filepath.Join(dir, "stuck")
@@ -236,17 +235,13 @@ func TestCrowd(t *testing.T) {
 		t.Fatal(err)
 	}
 	release := mountHang(t, stuck)
-	name := filepath.Join(helpertest.ShortDir(t), "s")
-	p := helpertest.Start(t, helpertest.Command{Path: "taskset", Args: []string{
-		"-c", "0", helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
-	}})
-	helpertest.AwaitName(t, p, name)
-	var crowd sync.WaitGroup
+	p, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=10")
+	var asking sync.WaitGroup
 	done := make(chan struct{})
 	var served [clients]atomic.Uint64
 	for i := range clients {
 		c := helpertest.Dial(t, name)
-		crowd.Go(func() {
+		asking.Go(func() {
 			for n := 0; ; n++ {
 				q := codec.Request{Path: helpertest.Path([]string{"/a", "/b", "/none"}[n%3])}
 				if i < hanging && n == 500 {
@@ -301,7 +296,7 @@ func TestCrowd(t *testing.T) {
 	unix.Kill(p.Server(), unix.SIGKILL)
 	all("all go on with a third", 0)
 	close(done)
-	crowd.Wait()
+	asking.Wait()
 }
 
 // After SIGTERM each request that could be sent is answered, OPENs with their

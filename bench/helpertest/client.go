@@ -59,6 +59,20 @@ func (c *Client) Send(b []byte) {
 // TrySend is Send for goroutines other than the test's.
 func (c *Client) TrySend(b []byte) error { return c.Client.Send(b) }
 
+// Unread returns how many bytes have come that were not read.
+func (c *Client) Unread(tb testing.TB) (n int) {
+	tb.Helper()
+	raw, err := c.Conn().SyscallConn()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return n
+}
+
 // Read receives the answer to a request of type t.
 func (c *Client) Read(t codec.Type) Answer {
 	c.tb.Helper()

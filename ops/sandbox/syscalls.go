@@ -79,8 +79,9 @@ func serverCalls(goarch string) ([]seccomp.SyscallGroup, error) {
 		// Go names its memory; a thread of a turn sets its own slack.
 		only("prctl", equal(0, unix.PR_SET_VMA)),
 		only("prctl", equal(0, unix.PR_SET_TIMERSLACK)),
-		// A connection's SO_RCVTIMEO.
+		// A connection's.
 		only("setsockopt", equal(1, unix.SOL_SOCKET), equal(2, unix.SO_RCVTIMEO)),
+		only("setsockopt", equal(1, unix.SOL_SOCKET), equal(2, unix.SO_SNDBUF)),
 		// A thread's own working directory.
 		only("unshare", equal(0, unix.CLONE_FS)),
 	})

@@ -3,9 +3,10 @@
 // finds every byte that the client has sent and knows whether it was answered.
 //
 // Each server has a memory of its own, a memfd that the supervisor makes and that
-// server alone maps. It has a head, and a slot for each connection: a page of
-// records and the inbox, where the socket's bytes are received to. When a
-// connection goes from one server to the next, the supervisor copies its slot.
+// server alone maps. It has a head, and a slot for each connection: records, the
+// inbox, where the socket's bytes are received to, and the outbox, for an answer
+// that the client does not read. When a connection goes from one server to the
+// next, the supervisor copies its slot.
 //
 // # How nothing is lost and nothing answered twice
 //
@@ -49,7 +50,10 @@ const (
 	// frame always fits in front of where it lies.
 	inboxSize = 2 * codec.MaxFrame
 
-	slotSize = (headSize + inboxSize + pageSize - 1) &^ (pageSize - 1)
+	// outboxSize holds any answer.
+	outboxSize = codec.MaxFrame
+
+	slotSize = (headSize + inboxSize + outboxSize + pageSize - 1) &^ (pageSize - 1)
 
 	// slotsAt is the offset of slot 0: the memory's head takes a page.
 	slotsAt = pageSize
@@ -153,9 +157,10 @@ func (j *Memory) Slot(n uint32) *Slot {
 	}
 	b := j.mem[offset(n):][:slotSize:slotSize]
 	s := &Slot{
-		mem:   b,
-		head:  (*head)(unsafe.Pointer(unsafe.SliceData(b))),
-		inbox: b[headSize : headSize+inboxSize],
+		mem:    b,
+		head:   (*head)(unsafe.Pointer(unsafe.SliceData(b))),
+		inbox:  b[headSize : headSize+inboxSize],
+		outbox: b[headSize+inboxSize:][:outboxSize],
 	}
 	s.prepare()
 	return s
@@ -170,6 +175,8 @@ type head struct {
 	frame uint32 // offset in the inbox of the request in work
 	phase uint32 // idle, begun, or the length of the answer that is being sent
 	tries uint32 // how often a server has died over the request
+	kept  uint32 // notKept, or what the outbox holds
+	_     uint32
 	tx    message
 
 	control struct { // of tx
@@ -186,6 +193,13 @@ var _ [headSize - unsafe.Sizeof(head{})]byte // it fits
 const (
 	idle  = 0
 	begun = 1 // answers are longer
+)
+
+// Values of kept.
+const (
+	notKept    = 0
+	answerKept = 1
+	keptOfFD   = 2 // a descriptor goes with the answer
 )
 
 // message is a struct mmsghdr with one iovec.
@@ -224,10 +238,11 @@ func (c *counter) set(n uint32) {
 // Slot is one connection's part of the in-flight memory. It is used by one thread at a
 // time, in this order: Receive, Frame, Begin, Send, Done.
 type Slot struct {
-	mem   []byte
-	head  *head
-	inbox []byte
-	grown bool // beyond small, since Rest
+	mem    []byte
+	head   *head
+	inbox  []byte
+	outbox []byte
+	grown  bool // beyond small, since Rest
 }
 
 func (s *Slot) prepare() {
@@ -329,46 +344,64 @@ func (s *Slot) Begin() {
 	h := s.head
 	h.frame = h.rx[h.cur&1].start
 	h.tx.count.set(0)
+	h.kept = notKept
 	atomic.StoreUint32(&h.phase, begun)
 }
 
-// Send sends the answer, with the descriptor passed in the same message unless
-// it is -1. The descriptor goes with the first byte. A client that does not
-// read is waited for, on this thread alone. sent is how much of the answer has
-// been sent before, by a server that died.
-func (s *Slot) Send(fd int, b []byte, sent, passed int) unix.Errno {
+// Undo notes that the request that was begun is not, and nothing came of it:
+// Frame returns it again.
+func (s *Slot) Undo() { atomic.StoreUint32(&s.head.phase, idle) }
+
+// Send sends the answer from where the last Send has ended, with the descriptor
+// passed in the same message unless it is -1 or has gone: it goes with the first
+// byte. It does not wait, and returns false while the client does not read.
+func (s *Slot) Send(fd int, b []byte, passed int) (done bool, errno unix.Errno) {
 	h := s.head
 	m := &h.tx
+	sent := m.count.total()
 	m.hdr.control, m.hdr.controllen = 0, 0
-	if passed >= 0 {
+	if passed >= 0 && sent == 0 {
 		h.control.hdr = unix.Cmsghdr{Level: unix.SOL_SOCKET, Type: unix.SCM_RIGHTS}
 		h.control.hdr.SetLen(unix.CmsgLen(4))
 		h.control.fd = int32(passed)
 		m.hdr.control, m.hdr.controllen = address(&h.control), uint64(unix.CmsgSpace(4))
 	}
-	if m.count.total() != uint32(sent) {
-		m.count.set(uint32(sent))
-	}
 	atomic.StoreUint32(&h.phase, uint32(len(b)))
-	for {
-		m.iov.base, m.iov.len = address(&b[sent]), uintptr(len(b)-sent)
-		_, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG,
-			uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
-		if errno == unix.EAGAIN {
-			_, _, errno = unix.Syscall6(unix.SYS_SENDMMSG,
-				uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL, 0, 0)
-		}
-		if errno != 0 && errno != unix.EINTR {
-			return errno
-		}
-		if sent = int(m.count.total()); sent == len(b) {
-			return 0
-		}
-		if errno == 0 {
-			m.count.set(uint32(sent))
+	for int(sent) < len(b) {
+		if m.count.len != 0 {
+			m.count.set(sent)
 			m.hdr.control, m.hdr.controllen = 0, 0
 		}
+		m.iov.base, m.iov.len = address(&b[sent]), uintptr(len(b))-uintptr(sent)
+		_, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG,
+			uintptr(fd), address(m), 1, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0, unix.EINTR:
+		case unix.EAGAIN:
+			return false, 0
+		default:
+			return false, errno
+		}
+		sent = m.count.total()
 	}
+	return true, 0
+}
+
+// Sent returns how much of the answer the client has.
+func (s *Slot) Sent() int { return int(s.head.tx.count.total()) }
+
+// Keep puts an answer that Send could not send wholly where the next server finds
+// it, and returns it there.
+func (s *Slot) Keep(b []byte, withFD bool) []byte {
+	kept := s.outbox[:copy(s.outbox, b):len(b)]
+	how := uint32(answerKept)
+	if withFD {
+		how = keptOfFD
+	}
+	s.grown = true
+	s.head.tries = 0 // this server has survived the request
+	atomic.StoreUint32(&s.head.kept, how)
+	return kept
 }
 
 // Done notes that the request in work, of size bytes of payload, is answered.
@@ -394,6 +427,8 @@ type Work struct {
 	Tries   int // servers that have died over it before that one
 	Total   int // length of the answer, if it had got so far
 	Sent    int // of the answer
+	// Answer is that answer, if its rest can be sent as it is.
+	Answer []byte
 }
 
 var errDamaged = errors.New("the in-flight memory of the connection is damaged")
@@ -404,7 +439,7 @@ var errDamaged = errors.New("the in-flight memory of the connection is damaged")
 // Any word may hold anything. The words that matter are read once, checked, and
 // set so that all that follows finds a state that Receive, Frame, Begin, Send
 // and Done leave themselves. Each store keeps what the words mean: this server
-// may die here, too.
+// may die here, too. What is in the outbox goes to the connection's own client.
 func (s *Slot) Recover() (Work, bool, error) {
 	h := s.head
 	was := *h
@@ -440,11 +475,17 @@ func (s *Slot) Recover() (Work, bool, error) {
 			return Work{}, false, errDamaged
 		}
 		w.Total, w.Sent = int(was.phase), int(sent)
+		if was.kept == answerKept || was.kept == keptOfFD && sent > 0 {
+			w.Answer = s.outbox[:w.Total:w.Total]
+		}
 	}
 	h.tx.count.set(uint32(w.Sent))
-	if was.phase != begun && w.Sent == w.Total {
+	switch {
+	case was.phase != begun && w.Sent == w.Total:
 		s.Done(len(payload))
 		return Work{}, false, nil
+	case w.Answer == nil:
+		h.kept = notKept
 	}
 	h.tries++
 	return w, true, nil

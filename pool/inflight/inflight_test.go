@@ -91,9 +91,7 @@ func TestDeathAtEachStep(t *testing.T) {
 		{"begun", func(t *testing.T, s *Slot, fd int) { s.Begin() }, true, nil},
 		{"about to send", func(t *testing.T, s *Slot, fd int) { s.head.phase = uint32(len(answer)) }, true, nil},
 		{"sent", func(t *testing.T, s *Slot, fd int) {
-			if errno := s.Send(fd, answer, 0, -1); errno != 0 {
-				t.Fatal(errno)
-			}
+			send(t, s, fd, answer)
 		}, false, second},
 		{"done, in part", func(t *testing.T, s *Slot, fd int) {
 			m := &s.head.rx[s.head.cur]
@@ -102,9 +100,7 @@ func TestDeathAtEachStep(t *testing.T) {
 		{"done", func(t *testing.T, s *Slot, fd int) { s.Done(len(first) - codec.HeaderSize) }, false, second},
 		{"the second one done", func(t *testing.T, s *Slot, fd int) {
 			s.Begin()
-			if errno := s.Send(fd, answer, 0, -1); errno != 0 {
-				t.Fatal(errno)
-			}
+			send(t, s, fd, answer)
 			s.Done(len(second) - codec.HeaderSize)
 		}, false, nil},
 		{"emptied in part", func(t *testing.T, s *Slot, fd int) { s.head.rx[s.head.cur].count.set(0) }, false, nil},
@@ -169,15 +165,85 @@ func TestPartOfAnAnswer(t *testing.T) {
 		t.Fatalf("recovered %+v, %v, %v", w, ok, err)
 	}
 	answer := bytes.Repeat([]byte("0123456789"), 100)
-	if errno := s.Send(fd, answer, w.Sent, -1); errno != 0 {
-		t.Fatal(errno)
-	}
+	send(t, s, fd, answer)
 	got := make([]byte, 2000)
 	if n, err := unix.Read(client, got); err != nil || !bytes.Equal(got[:n], answer[300:]) {
 		t.Errorf("read %d, %v", n, err)
 	}
-	if sent := s.head.tx.count.total(); sent != 1000 {
+	if sent := s.Sent(); sent != 1000 {
 		t.Errorf("%d noted as sent", sent)
+	}
+}
+
+// Of an answer that the client did not read, the next server sends the rest. One
+// that a descriptor goes with is done again, as often as servers come and go.
+func TestKeptAnswer(t *testing.T) {
+	answer := bytes.Repeat([]byte("0123456789"), codec.MaxPayload/10)
+	file, s, fd, client := pair(t)
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1); err != nil {
+		t.Fatal(err)
+	}
+	write(t, client, lstat("/\x00"))
+	receive(t, s, fd, len(lstat("/\x00")))
+	s.Begin()
+	if done, errno := s.Send(fd, answer, -1); done || errno != 0 {
+		t.Fatal(done, errno)
+	}
+	if kept := s.Keep(answer, false); !bytes.Equal(kept, answer) {
+		t.Fatal("kept something else")
+	}
+	for i := range answer {
+		answer[i] = '?' // its buffer is used again
+	}
+	var got []byte
+	for servers := 0; len(got) < len(answer); servers++ {
+		s = next(t, file)
+		w, ok, err := s.Recover()
+		if !ok || err != nil || w.Sent == 0 || w.Tries != servers || len(w.Answer) != len(answer) {
+			t.Fatalf("server %d: %v, %v, sent %d, tries %d, answer of %d bytes", servers, ok, err,
+				w.Sent, w.Tries, len(w.Answer))
+		}
+		b := make([]byte, len(answer))
+		n, err := unix.Read(client, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, b[:n]...)
+		if done, errno := s.Send(fd, w.Answer, -1); errno != 0 {
+			t.Fatal(errno)
+		} else if done {
+			n, _ = unix.Read(client, b)
+			got = append(got, b[:n]...)
+			break
+		}
+	}
+	if want := bytes.Repeat([]byte("0123456789"), codec.MaxPayload/10); !bytes.Equal(got, want) {
+		t.Errorf("got %d bytes, not those of the answer, which has %d", len(got), len(want))
+	}
+
+	s.Done(len(lstat("/\x00")) - codec.HeaderSize)
+	write(t, client, lstat("/\x00"))
+	receive(t, s, fd, len(lstat("/\x00")))
+	for range 3 {
+		if typ, _, ok, err := s.Frame(); !ok || err != nil {
+			t.Fatal(typ, ok, err)
+		}
+		s.Begin()
+		s.Keep(codec.AppendFD(nil), true)
+		s = next(t, file)
+		w, ok, err := s.Recover()
+		if !ok || err != nil || w.Answer != nil || w.Tries != 0 {
+			t.Fatalf("recovered %+v, %v, %v", w, ok, err)
+		}
+		s.Undo()
+	}
+}
+
+// send sends an answer that the socket has room for.
+func send(t *testing.T, s *Slot, fd int, answer []byte) {
+	t.Helper()
+	if done, errno := s.Send(fd, answer, -1); !done || errno != 0 {
+		t.Fatal(done, errno)
 	}
 }
 
@@ -268,6 +334,9 @@ func damages() [][]uint32 {
 		words(func(h *head) { received(h); h.phase, h.tx.count = 100, counter{1 << 31, 1 << 31} }),
 		words(func(h *head) { received(h); h.phase, h.tx.count = 100, counter{len: 99} }),
 		words(func(h *head) { received(h); h.phase, h.tries = begun, 1<<32-1 }),
+		words(func(h *head) { received(h); h.phase, h.kept = 100, answerKept }),
+		words(func(h *head) { received(h); h.phase, h.kept, h.tx.count.len = 100, keptOfFD, 1 }),
+		words(func(h *head) { received(h); h.phase, h.kept = codec.MaxFrame, 1<<32-1 }),
 		words(func(h *head) { received(h); h.tx.count = counter{1 << 31, 1<<31 + 5} }),
 		words(func(h *head) {
 			received(h)
@@ -283,7 +352,7 @@ func serveDamaged(t *testing.T, headWords []uint32, inbox []byte) {
 	_, s, fd, client := pair(t)
 	damage(s.head, headWords)
 	copy(s.inbox, inbox)
-	guard := s.mem[headSize+inboxSize:]
+	guard := s.mem[headSize+inboxSize:] // the outbox is nobody's here, too
 	for i := range guard {
 		guard[i] = 0xa5
 	}
@@ -291,9 +360,7 @@ func serveDamaged(t *testing.T, headWords []uint32, inbox []byte) {
 	answer := bytes.Repeat([]byte("0123456789"), codec.MaxFrame/10+1)
 	send := func(size, b []byte, sent int) {
 		t.Helper()
-		if errno := s.Send(fd, b, sent, -1); errno != 0 {
-			t.Fatal(errno)
-		}
+		send(t, s, fd, b)
 		got := make([]byte, len(b)+1)
 		n := 0
 		for n < len(b)-sent {
@@ -317,7 +384,11 @@ func serveDamaged(t *testing.T, headWords []uint32, inbox []byte) {
 		if size == 0 {
 			size = 20
 		}
-		send(w.Payload, answer[:size], w.Sent)
+		b := answer[:size]
+		if w.Answer != nil {
+			b = w.Answer
+		}
+		send(w.Payload, b, w.Sent)
 	}
 	unix.SetNonblock(client, true)
 	good := lstat("/next\x00")

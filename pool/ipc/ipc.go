@@ -32,7 +32,7 @@ const Hello Kind = 'v'
 // To the server.
 const (
 	Config   Kind = 'C' // the second message: what to serve, in JSON
-	Conn     Kind = 'c' // serve connection u32, u64 in the log, 1 if raw, with its descriptor
+	Conn     Kind = 'c' // serve a connection: a NewConn, with its descriptor
 	Stop     Kind = 's' // end all connections and leave
 	HandOver Kind = 'h' // give all connections back and leave
 	Ping     Kind = 'p' // let each loop count in pool/progress
@@ -181,12 +181,24 @@ func (c *Control) SendConn(k Kind, id uint32, fd, flags int) error {
 	return c.Send(k, binary.NativeEndian.AppendUint32(nil, id), oob, flags)
 }
 
-// SendNewConn gives the server a connection: its slot, its number in the log,
-// whether no descriptors can come by it (RefuseDescriptors), and its descriptor.
-func (c *Control) SendNewConn(id uint32, number uint64, raw bool, fd, flags int) error {
-	body := binary.NativeEndian.AppendUint32(nil, id)
-	body = binary.NativeEndian.AppendUint64(body, number)
-	if raw {
+// NewConn is what a server is told of a connection: 21 bytes, in this order.
+type NewConn struct {
+	ID     uint32 // of its slot
+	Number uint64 // in the log
+	Peer   uint64 // connections of one number belong to the same machine
+	// Raw promises that no descriptors can come by it (RefuseDescriptors): the
+	// last close of one may wait.
+	Raw bool
+}
+
+const newConnSize = 21
+
+// SendNewConn gives the server a connection.
+func (c *Control) SendNewConn(n NewConn, fd, flags int) error {
+	body := binary.NativeEndian.AppendUint32(nil, n.ID)
+	body = binary.NativeEndian.AppendUint64(body, n.Number)
+	body = binary.NativeEndian.AppendUint64(body, n.Peer)
+	if n.Raw {
 		body = append(body, 1)
 	} else {
 		body = append(body, 0)
@@ -204,24 +216,27 @@ type Message struct {
 	Cut bool
 }
 
-// Conn returns the connection that the message is about.
+// Conn returns the connection that a server's message is about.
 func (m Message) Conn() (id uint32, ok bool) {
-	if len(m.Body) != 4 && (m.Kind != Conn || len(m.Body) != 13) {
+	if len(m.Body) != 4 {
 		return 0, false
 	}
 	return binary.NativeEndian.Uint32(m.Body), true
 }
 
-// Number returns the number in the log of a connection that is to be served.
-func (m Message) Number() uint64 {
-	if len(m.Body) != 13 {
-		return 0
+// NewConn returns the connection of a Conn.
+func (m Message) NewConn() (n NewConn, ok bool) {
+	b := m.Body
+	if m.Kind != Conn || len(b) != newConnSize {
+		return NewConn{}, false
 	}
-	return binary.NativeEndian.Uint64(m.Body[4:])
+	return NewConn{
+		ID:     binary.NativeEndian.Uint32(b),
+		Number: binary.NativeEndian.Uint64(b[4:]),
+		Peer:   binary.NativeEndian.Uint64(b[12:]),
+		Raw:    b[20] == 1,
+	}, true
 }
-
-// Raw returns whether no descriptors can come by the connection of a Conn.
-func (m Message) Raw() bool { return len(m.Body) == 13 && m.Body[12] == 1 }
 
 // Close closes the descriptor, if there is one.
 func (m Message) Close() {
@@ -392,26 +407,25 @@ func (c *Control) SendGone(id uint32, ended bool) error {
 // Serve is the server's side: it hands each connection to add, and calls ping
 // when asked to, until the supervisor asks for the end (nil), in one way or the
 // other, or is gone (io.EOF). A connection that add fails for is refused.
-func (c *Control) Serve(
-	add func(fd int, id uint32, number uint64, raw bool) error, ping func(),
-) (handOver bool, err error) {
+func (c *Control) Serve(add func(fd int, n NewConn) error, ping func()) (handOver bool, err error) {
 	for {
 		m, err := c.Recv(1)
 		if err != nil {
 			return false, err
 		}
-		switch id, ok := m.Conn(); {
+		n, ok := m.NewConn()
+		switch {
 		case m.Kind == Stop || m.Kind == HandOver:
 			return m.Kind == HandOver, nil
 		case m.Kind == Ping:
 			ping()
-		case m.Kind == Conn && ok && m.FD >= 0:
-			if add(m.FD, id, m.Number(), m.Raw()) != nil {
-				err = c.SendConn(Refused, id, -1, 0)
+		case ok && m.FD >= 0:
+			if add(m.FD, n) != nil {
+				err = c.SendConn(Refused, n.ID, -1, 0)
 			}
-		case m.Kind == Conn && ok:
+		case ok:
 			// This process has as many descriptors as it may have.
-			err = c.SendConn(NoRoom, id, -1, 0)
+			err = c.SendConn(NoRoom, n.ID, -1, 0)
 		}
 		if err != nil {
 			return false, err

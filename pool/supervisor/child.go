@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/ops/sandbox"
+	"virtfs-proxy-helper/pool"
 	"virtfs-proxy-helper/pool/ipc"
 )
 
@@ -101,7 +102,8 @@ func (sv *supervisor) startServer(program, export *os.File) (*server, error) {
 	}
 	// A ^C at the terminal is the supervisor's alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := sv.Sandbox.Start(cmd, export, mounts); err != nil {
+	err = pool.StartCalm(func() error { return sv.Sandbox.Start(cmd, export, mounts) })
+	if err != nil {
 		control.Close()
 		memory.release()
 		pipes.Close()

@@ -8,23 +8,23 @@ import (
 	"virtfs-proxy-helper/pool/logging"
 )
 
-// descriptors is how many a process may need with n connections: one for each,
-// a few for each request in the file system, three for each epoll loop, and what
-// it has anyway or takes to start a server.
+// descriptors is how many a process may need with n connections: one for each and
+// one that goes with an answer, a few for each request in the file system, three for
+// each epoll loop, and what it has anyway or takes to start a server.
 func (c *Config) descriptors(n int) uint64 {
-	const perRequest, ownAndStart = 4, 64
-	return uint64(n + perRequest*min(c.Workers, n) + 3*pool.Loops() + ownAndStart)
+	const perConn, perRequest, ownAndStart = 2, 2, 64
+	return uint64(perConn*n + perRequest*min(c.Workers, n) + 3*pool.Loops + ownAndStart)
 }
 
 // threads is how many threads both processes may need.
 func (c *Config) threads() uint64 {
 	const own = 32 // of the runtime, and those that wait for events
-	return uint64(c.MaxConnections + c.Workers + own)
+	return uint64(min(c.Workers, c.MaxConnections) + own)
 }
 
 // fitLimits raises the limit of descriptors or, where the hard limit is too low,
 // lowers MaxConnections until all have room, and logs that. A limit of threads
-// is only looked at: few clients are ever so slow that each holds one.
+// is only looked at: rarely are all workers busy.
 func (c *Config) fitLimits(log *logging.Log) error {
 	if c.Socket == "" {
 		c.MaxConnections = 1
@@ -48,7 +48,7 @@ func (c *Config) fitLimits(log *logging.Log) error {
 				allowed, needed, remedy))
 	}
 	if err := sandbox.Threads(c.threads()); err != nil {
-		log.Warn("the server may die if many VMs are slow to read answers", "error", err)
+		log.Warn("the server may die if many VMs are busy: lower --workers", "error", err)
 	}
 	return nil
 }

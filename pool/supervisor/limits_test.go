@@ -113,7 +113,7 @@ func TestFewThreads(t *testing.T) {
 		}
 	}
 	name := filepath.Join(names, "s")
-	for options, warns := range map[string]bool{"--workers=64": true, "--max-connections=100": false} {
+	for options, warns := range map[string]bool{"--workers=1024": true, "--workers=256": false} {
 		args := helpertest.AsSomeone(t, "", "prlimit", limit,
 			helpertest.Ours(t), "-n", "-p", dir, "-s", name, options)
 		p := helpertest.Start(t, helpertest.Command{Path: args[0], Args: args[1:]})

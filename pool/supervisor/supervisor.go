@@ -391,7 +391,8 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 	c.server, c.late = sv.current, progress.Work{}
 	sv.progress.Conn(id).End() // what the last server has left there
 	// A server that is gone is noticed in time. The loop waits for none.
-	err := c.server.control.SendNewConn(id, c.number, c.raw, c.fd, unix.MSG_DONTWAIT)
+	n := ipc.NewConn{ID: id, Number: c.number, Peer: c.number, Raw: c.raw}
+	err := c.server.control.SendNewConn(n, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
 		sv.retryAssign(id, c, "error", err)
 	}

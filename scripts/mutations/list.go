@@ -190,7 +190,7 @@ var mutations = []mutation{
 		name:  "lack-is-leaving",
 		claim: "only the end of its stream is a client's leaving",
 		edits: []edit{{
-			"pool/stay.go",
+			"pool/wait.go",
 			"	case errno == unix.EAGAIN, errno == unix.EINTR, errno == unix.ENOMEM, errn" +
 				"o == unix.ENOBUFS:\n",
 			"	case errno == unix.EAGAIN:\n",
