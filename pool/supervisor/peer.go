@@ -10,25 +10,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peerAttrs says which process a connection comes from, for the log: its number,
-// its user and, if a machine manager such as libvirt runs it, its machine. The
-// number is that at the time of connect, and in the supervisor's PID namespace.
-func peerAttrs(fd int) []any {
+// peer is the other end of a connection, at the time of connect.
+type peer struct {
+	attrs []any // for the log: the process, its user and its machine
+	// key is the same for connections that share what there is: those of a machine
+	// that a manager such as libvirt runs, else those of a process. It is empty for
+	// a process of another PID namespace.
+	key string
+}
+
+// peerOf returns the other end of a connection. Its process is told by the number
+// in the supervisor's PID namespace.
+func peerOf(fd int) peer {
 	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
-		return nil
+		return peer{}
 	}
-	attrs := []any{"pid", cred.Pid, "uid", cred.Uid}
+	p := peer{attrs: []any{"pid", cred.Pid, "uid", cred.Uid}}
 	if cred.Pid == 0 { // of another PID namespace
-		return attrs
+		return p
 	}
+	p.key = fmt.Sprint("process ", cred.Pid)
 	if f, err := os.Open(fmt.Sprintf("/proc/%d/cgroup", cred.Pid)); err == nil {
 		defer f.Close()
 		if scope := machineScope(f); scope != "" {
-			attrs = append(attrs, "machine", scope)
+			p.key = scope
+			p.attrs = append(p.attrs, "machine", scope)
 		}
 	}
-	return attrs
+	return p
 }
 
 // machineScope returns the machine's scope in /proc/PID/cgroup, if that has one:

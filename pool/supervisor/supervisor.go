@@ -10,7 +10,8 @@
 //	messages.go    what a server may say, and when
 //	memory.go      in-flight memories: a slot goes from one server's to the next
 //	child.go       a server as the supervisor sees it: started, watched, ended
-//	peer.go        the process at the other end of a connection, for the log
+//	peer.go        the process at the other end of a connection
+//	shares.go      who gets a place when there are few
 //	progress.go    what hangs: a request is logged, a server replaced
 //	socket.go      the socket's name: claimed, put back, given up
 //	pidfile.go     the pidfile: made, replaced, removed
@@ -108,6 +109,7 @@ type supervisor struct {
 	numbered uint64        // connections so far
 	free     []uint32      // numbers
 	room     chan struct{} // a place for each connection that may come
+	shares   shares
 	servers  map[*server]bool
 	program  *os.File        // that servers are started from
 	current  *server         // takes connections; nil while there is none
@@ -128,6 +130,7 @@ type conn struct {
 	fd     int
 	raw    bool          // no descriptors can come by it
 	number uint64        // in the log, never used again
+	sharer *sharer       // whose it is
 	server *server       // that serves it; nil while none does
 	waited bool          // for a server that had no room for it
 	memory *memory       // of the last server that it was given to; nil before the first
@@ -140,7 +143,7 @@ type (
 	accepted struct {
 		fd   int
 		raw  bool
-		peer []any // for the log
+		peer peer
 	}
 	moved struct {
 		move
@@ -211,6 +214,7 @@ func (c *Config) supervise(around surroundings) error {
 		room:         make(chan struct{}, c.MaxConnections),
 		moves:        make(chan move, c.MaxConnections),
 		servers:      make(map[*server]bool),
+		shares:       shares{peers: make(map[string]*sharer)},
 	}
 	sv.export.Store(export)
 	if err := sv.absolutePath(); err != nil {
@@ -272,7 +276,7 @@ func (c *Config) supervise(around surroundings) error {
 		// What is there already may have come with descriptors.
 		queued, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
 		ipc.RefuseDescriptors(fd) // not before Linux 6.16
-		sv.add(fd, isRaw(fd) && err == nil && queued == 0, peerAttrs(fd))
+		sv.add(fd, isRaw(fd) && err == nil && queued == 0, peer{attrs: peerOf(fd).attrs})
 	}
 	if err := sv.ready(); err != nil {
 		return fmt.Errorf("whoever started this is gone: %w", err)
@@ -337,7 +341,7 @@ func (sv *supervisor) loop(signals <-chan os.Signal) error {
 func (sv *supervisor) handle(event any) {
 	switch e := event.(type) {
 	case accepted:
-		sv.add(e.fd, e.raw, e.peer)
+		sv.admit(e)
 	case moved:
 		sv.onMoved(e)
 	case childMessage:
@@ -349,6 +353,7 @@ func (sv *supervisor) handle(event any) {
 	case closed:
 		sv.free = append(sv.free, e.id)
 		<-sv.room
+		sv.admitWaiting()
 	case overdue:
 		sv.endOverdue(e.server)
 	case mountsChanged:
@@ -366,14 +371,14 @@ func (sv *supervisor) handle(event any) {
 }
 
 // add takes a connection that room has been made for.
-func (sv *supervisor) add(fd int, raw bool, peer []any) {
+func (sv *supervisor) add(fd int, raw bool, peer peer) {
 	id := sv.free[len(sv.free)-1]
 	sv.free = sv.free[:len(sv.free)-1]
 	sv.once = true
 	sv.numbered++
-	c := &conn{fd: fd, raw: raw, number: sv.numbered}
+	c := &conn{fd: fd, raw: raw, number: sv.numbered, sharer: sv.shares.take(peer.key)}
 	sv.conns[id] = c
-	sv.log.Info("client connected", append([]any{"connection", c.number}, peer...)...)
+	sv.log.Info("client connected", append([]any{"connection", c.number}, peer.attrs...)...)
 	sv.assign(id, c)
 }
 
@@ -391,7 +396,7 @@ func (sv *supervisor) assign(id uint32, c *conn) {
 	c.server, c.late = sv.current, progress.Work{}
 	sv.progress.Conn(id).End() // what the last server has left there
 	// A server that is gone is noticed in time. The loop waits for none.
-	n := ipc.NewConn{ID: id, Number: c.number, Peer: c.number, Raw: c.raw}
+	n := ipc.NewConn{ID: id, Number: c.number, Peer: c.sharer.number, Raw: c.raw}
 	err := c.server.control.SendNewConn(n, c.fd, unix.MSG_DONTWAIT)
 	if err != nil && err != unix.EPIPE && err != unix.ECONNRESET {
 		sv.retryAssign(id, c, "error", err)
@@ -444,6 +449,7 @@ func (sv *supervisor) onChildMessage(s *server, m ipc.Message) {
 // the last close of a descriptor that a client has passed may wait.
 func (sv *supervisor) forget(id uint32, c *conn) {
 	delete(sv.conns, id)
+	sv.shares.give(c.sharer)
 	c.memory.release()
 	go func() {
 		unix.Close(c.fd)
@@ -632,7 +638,7 @@ func (sv *supervisor) accept(listener int) {
 		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
 		if err == nil {
 			told = nil
-			sv.events <- accepted{fd, isRaw(fd), peerAttrs(fd)}
+			sv.events <- accepted{fd, isRaw(fd), peerOf(fd)}
 			continue
 		}
 		<-sv.room

@@ -17,7 +17,12 @@ import (
 	"virtfs-proxy-helper/codec"
 )
 
-func TestMain(m *testing.M) { helpertest.Main(m) }
+func TestMain(m *testing.M) {
+	if name := os.Getenv(dialEnv); name != "" {
+		dialer(name)
+	}
+	helpertest.Main(m)
+}
 
 // Whatever is wrong is told in one line, with status 1, and nothing is left
 // behind or taken away.
