@@ -116,7 +116,10 @@ func start(l launch) (p *program, err error) {
 	default:
 		socket = l.export + ".socket"
 		p.socket = socket
-		args := append(l.args, "-n", "-p", l.export, "-s", socket, "-u", "0", "-g", "0")
+		// All are one peer's, which may not have the last quarter.
+		places := fmt.Sprint(2 * (connections + l.neighbours + 4))
+		args := append(l.args, "-n", "-p", l.export, "-s", socket, "-u", "0", "-g", "0",
+			"--max-connections", places)
 		if err := p.exec(l.path, args, nil, l.at.server); err != nil {
 			return p, err
 		}

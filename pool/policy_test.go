@@ -25,7 +25,8 @@ func TestPolicyWaits(t *testing.T) {
 		steps  []step
 	}{
 		"a new connection tries to busy-poll": {policy{}, []step{
-			{answered, 0, quiet, busyPoll}, {empty, 0, quiet, block}, {empty, 0, quiet, poll}, {empty, 0, quiet, park}}},
+			{answered, 0, quiet, busyPoll}, {empty, 0, quiet, block},
+			{empty, 0, quiet, poll}, {empty, 0, quiet, park}}},
 		"without a CPU for each it does not": {policy{}, []step{
 			{answered, 0, crowded, block}, {empty, 0, crowded, poll}}},
 		"nor if the user forbids it": {policy{noBusyPoll: true}, []step{{answered, 0, quiet, block}}},
@@ -43,10 +44,11 @@ func TestPolicyWaits(t *testing.T) {
 			{answered, 0, quiet, block}, {interrupted, 0, quiet, poll}}},
 		"others wait: not before the quantum": {policy{noBusyPoll: true, began: ms}, []step{
 			{answered, 5 * ms, waiting, block}, {empty, 5 * ms, waiting, park}}},
-		"others wait: after it":      {policy{began: ms}, []step{{answered, 6 * ms, waiting, park}}},
-		"nobody waits: it goes on":   {policy{began: ms, noBusyPoll: true}, []step{{answered, 6 * ms, quiet, block}}},
-		"enough others poll already": {policy{noBusyPoll: true}, []step{{answered, 0, hogged, block}, {empty, 0, hogged, park}}},
-		"sparse, and others wait":    {policy{sparse: true}, []step{{answered, 0, waiting, park}}},
+		"others wait: after it":    {policy{began: ms}, []step{{answered, 6 * ms, waiting, park}}},
+		"nobody waits: it goes on": {policy{began: ms, noBusyPoll: true}, []step{{answered, 6 * ms, quiet, block}}},
+		"enough others poll already": {policy{noBusyPoll: true}, []step{
+			{answered, 0, hogged, block}, {empty, 0, hogged, park}}},
+		"sparse, and others wait": {policy{sparse: true}, []step{{answered, 0, waiting, park}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := c.policy

@@ -56,7 +56,8 @@ func (sv *supervisor) admit(e accepted) {
 	}
 	<-sv.room
 	if len(sv.shares.waiting) >= reserved(sv.MaxConnections) {
-		sv.log.Warn("connection refused: too many of its machine or process wait already", e.peer.attrs...)
+		sv.log.Warn("connection refused: too many of its machine or process wait already",
+			e.peer.attrs...)
 		go unix.Close(e.fd)
 		return
 	}
