@@ -136,7 +136,7 @@ func deliver(t *testing.T, s state, m message) (killed bool, open int) {
 	sv := &supervisor{conns: map[uint32]*conn{}, room: make(chan struct{}, 8)}
 	sv.log = &logging.Log{Logger: slog.New(slog.DiscardHandler)}
 	sv.room <- struct{}{}
-	sv.conns[mine], sv.conns[other] = &conn{fd: -1, server: srv}, &conn{fd: -1, server: &server{}}
+	sv.conns[mine], sv.conns[other] = &conn{fd: -1, server: srv, sharer: new(sharer)}, &conn{fd: -1, server: &server{}}
 	m.send(t, int(theirs.Fd()))
 	before := openFDs(t)
 	if s > confined {
