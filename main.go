@@ -179,6 +179,13 @@ func parseOptions(args []string) (*options, error) {
 	}
 	o.UID, o.GID, o.Version = int(uid), int(gid), buildVersion()
 	o.Sandbox.ReadOnly = o.Server.FS.ReadOnly
+	if err := o.Server.FS.UIDs.Check(); err != nil {
+		return bad("--translate-uid: %w", err)
+	}
+	if err := o.Server.FS.GIDs.Check(); err != nil {
+		return bad("--translate-gid: %w", err)
+	}
+	o.Sandbox.UIDs, o.Sandbox.GIDs = o.Server.FS.UIDs.Namespace(), o.Server.FS.GIDs.Namespace()
 	if o.PIDFile != "" { // the daemon leaves this directory before it removes the file
 		if o.PIDFile, err = filepath.Abs(o.PIDFile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)

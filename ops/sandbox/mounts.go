@@ -26,21 +26,29 @@ func (c Config) Start(cmd *exec.Cmd, dir *os.File, m *Mounts) error {
 	}
 	return c.withCaps(func() error {
 		export := dir
+		if cmd.SysProcAttr == nil {
+			cmd.SysProcAttr = &syscall.SysProcAttr{}
+		}
 		if c.Sandbox == SandboxNamespace {
 			var err error
 			if export, err = copyExport(dir, m); err != nil {
 				return err
 			}
 			defer export.Close()
-			if cmd.SysProcAttr == nil {
-				cmd.SysProcAttr = &syscall.SysProcAttr{}
-			}
 			cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNS | unix.CLONE_NEWNET |
 				unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID
 		}
 		cmd.ExtraFiles = append(cmd.ExtraFiles, export)
+		if c.mapsIDs() {
+			if err := c.intoUserNamespace(cmd); err != nil {
+				return err
+			}
+		}
 		err := cmd.Start()
-		if err != nil && c.Sandbox == SandboxNamespace {
+		switch {
+		case err != nil && c.mapsIDs():
+			err = needsMaps(err)
+		case err != nil && c.Sandbox == SandboxNamespace:
 			err = needsNamespaces("start in namespaces of its own", err)
 		}
 		return err

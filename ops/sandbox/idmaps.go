@@ -1,0 +1,125 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"syscall"
+
+	"github.com/moby/sys/user"
+	"golang.org/x/sys/unix"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
+)
+
+// mapsIDs reports whether servers run in a user namespace of their own.
+func (c Config) mapsIDs() bool { return c.UIDs != nil || c.GIDs != nil }
+
+// intoUserNamespace has cmd run in a user namespace that has the ids of UIDs and
+// GIDs alone, as the first of them, with all capabilities over what these own. That
+// its user is not this process' is no gain of privileges, which it finds by
+// no_new_privs.
+func (c Config) intoUserNamespace(cmd *exec.Cmd) error {
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	uids, err := namespaceIDs(c.UIDs, user.CurrentProcessUIDMap)
+	if err != nil {
+		return err
+	}
+	gids, err := namespaceIDs(c.GIDs, user.CurrentProcessGIDMap)
+	if err != nil {
+		return err
+	}
+	attr := cmd.SysProcAttr
+	attr.Cloneflags |= unix.CLONE_NEWUSER
+	attr.UidMappings, attr.GidMappings = uids, gids
+	attr.GidMappingsEnableSetgroups = !keepsGroups()
+	attr.Credential = &syscall.Credential{
+		Uid: uint32(first(uids).ContainerID), Gid: uint32(first(gids).ContainerID),
+		NoSetGroups: keepsGroups(),
+	}
+	if attr.Credential.Uid != 0 { // root's come by execve
+		for v := range cap.MaxBits() {
+			attr.AmbientCaps = append(attr.AmbientCaps, uintptr(v))
+		}
+	}
+	return nil
+}
+
+// namespaceIDs returns the ids of a kind that a server's user namespace has: all
+// that this process' has, under the same numbers, if the caller names none.
+func namespaceIDs(ids []syscall.SysProcIDMap, current func() ([]user.IDMap, error)) (
+	[]syscall.SysProcIDMap, error) {
+	if ids != nil {
+		return ids, nil
+	}
+	own, err := current()
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range own {
+		ids = append(ids, syscall.SysProcIDMap{
+			ContainerID: int(r.ID), HostID: int(r.ID), Size: int(r.Count),
+		})
+	}
+	return ids, nil
+}
+
+// first returns the range with the first id inside.
+func first(ids []syscall.SysProcIDMap) syscall.SysProcIDMap {
+	return slices.MinFunc(ids, func(a, b syscall.SysProcIDMap) int {
+		return a.ContainerID - b.ContainerID
+	})
+}
+
+// mapsRoot reports whether servers have this process' root, which takes
+// CAP_SETFCAP.
+func (c Config) mapsRoot() bool { return c.mapsIDs() && inside(c.UIDs, 0) == 0 }
+
+// needsMaps says what to do where the server gets no user namespace with its ids.
+func needsMaps(err error) error {
+	switch {
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: with map: in --translate-uid or --translate-gid "+
+			"this program must be readable and executable for all (chmod a+rx)", err)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL),
+		errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EUSERS):
+		return fmt.Errorf("map: in --translate-uid or --translate-gid takes a user namespace "+
+			"that has these ids: %w: leave map: out where none can be made "+
+			"(the sysctl user.max_user_namespaces, a container; Docker makes one itself by "+
+			"userns-remap and allows them with --cap-add=SYS_ADMIN), "+
+			"and name host ids that /proc/self/uid_map and gid_map have", err)
+	}
+	return err
+}
+
+// OutsideOwner returns the owner of an export, and the one that it should have, if
+// the former is not among the ids of servers.
+func (c Config) OutsideOwner(export *os.File) (owner, better [2]int, outside bool, err error) {
+	if !c.mapsIDs() {
+		return
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(export.Fd()), &st); err != nil {
+		return
+	}
+	owner = [2]int{int(st.Uid), int(st.Gid)}
+	better = [2]int{inside(c.UIDs, owner[0]), inside(c.GIDs, owner[1])}
+	return owner, better, owner != better, nil
+}
+
+// inside returns an id of this process if servers have it, else the one that is
+// their first.
+func inside(ids []syscall.SysProcIDMap, id int) int {
+	for _, r := range ids {
+		if id >= r.HostID && id-r.HostID < r.Size {
+			return id
+		}
+	}
+	if ids == nil {
+		return id
+	}
+	return first(ids).HostID
+}
