@@ -95,19 +95,18 @@ func needsMaps(err error) error {
 	return err
 }
 
-// OutsideOwner returns the owner of an export, and the one that it should have, if
-// the former is not among the ids of servers.
-func (c Config) OutsideOwner(export *os.File) (owner, better [2]int, outside bool, err error) {
+// OutsideOwner reports whether an export belongs to a user or a group that servers
+// have not, and returns whom it should belong to.
+func (c Config) OutsideOwner(export *os.File) (uid, gid int, outside bool, err error) {
 	if !c.mapsIDs() {
-		return
+		return 0, 0, false, nil
 	}
 	var st unix.Stat_t
-	if err = unix.Fstat(int(export.Fd()), &st); err != nil {
-		return
+	if err := unix.Fstat(int(export.Fd()), &st); err != nil {
+		return 0, 0, false, &os.PathError{Op: "stat", Path: export.Name(), Err: err}
 	}
-	owner = [2]int{int(st.Uid), int(st.Gid)}
-	better = [2]int{inside(c.UIDs, owner[0]), inside(c.GIDs, owner[1])}
-	return owner, better, owner != better, nil
+	uid, gid = inside(c.UIDs, int(st.Uid)), inside(c.GIDs, int(st.Gid))
+	return uid, gid, uid != int(st.Uid) || gid != int(st.Gid), nil
 }
 
 // inside returns an id of this process if servers have it, else the one that is

@@ -98,6 +98,9 @@ func (c Config) pivotRoot(export int) error {
 		}
 		cover, finish = finish, b.removeGone
 	}
+	if err := unix.Fchdir(export); err != nil {
+		return fmt.Errorf("chdir to the export: %w", err)
+	}
 	attr := &unix.MountAttr{
 		Attr_set:    unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC,
 		Propagation: unix.MS_PRIVATE,
@@ -116,7 +119,6 @@ func (c Config) pivotRoot(export int) error {
 			return unix.MoveMount(export, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}},
 		{"cover mounts below the export", cover},
-		{"chdir to the export", func() error { return unix.Fchdir(export) }},
 		// The old root comes to lie on the new one, and goes.
 		{"pivot_root", func() error { return unix.PivotRoot(".", ".") }},
 		{"unmount all but the export", func() error { return unix.Unmount(".", unix.MNT_DETACH) }},
@@ -142,13 +144,18 @@ func changeRoot(export int) error {
 
 // ownMounts gives this thread mounts of its own, with the process' own PID
 // namespace at /proc.
-func ownMounts() error {
+func (c Config) ownMounts() error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return needsNamespaces("unshare", err)
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	if err := unix.Mount("proc", "/proc", "proc", flags, ""); err != nil {
-		return needsNamespaces("mount /proc", err)
+		what := "mount /proc"
+		if c.mapsIDs() {
+			what += ", which map: takes where nothing hides a part of it " +
+				"(systemd: without ProtectKernelTunables=)"
+		}
+		return needsNamespaces(what, err)
 	}
 	return nil
 }

@@ -121,7 +121,7 @@ func (c Config) enterSandbox(export int) error {
 		return needsNamespaces("make all mounts private", err)
 	}
 	return onThreadThatEnds(func() error {
-		if err := ownMounts(); err != nil {
+		if err := c.ownMounts(); err != nil {
 			return err
 		}
 		done := make(chan error)
