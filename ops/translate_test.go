@@ -103,7 +103,8 @@ func TestTranslateOneKind(t *testing.T) {
 // The ids that the guest may not use are told by the request that has them.
 func TestTranslateForbidden(t *testing.T) {
 	t.Parallel()
-	dir, c, _ := newTranslating(t, [2]int{1000, 1000}, "--translate-uid forbid-guest:0:1000 --translate-gid forbid-guest:0:1000")
+	dir, c, _ := newTranslating(t, [2]int{1000, 1000},
+		"--translate-uid forbid-guest:0:1000 --translate-gid forbid-guest:0:1000")
 	for _, owner := range [][2]uint32{{0, 0}, {0, 1000}, {1000, 0}, {999, 999}} {
 		want(t, c, unix.EPERM, creates("/x", owner[0], owner[1])...)
 		want(t, c, unix.EPERM, chown("/file", owner[0], owner[1]))

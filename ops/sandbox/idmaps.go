@@ -3,6 +3,7 @@ package sandbox
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"slices"
@@ -24,11 +25,15 @@ func (c Config) intoUserNamespace(cmd *exec.Cmd) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("set no_new_privs: %w", err)
 	}
-	uids, err := namespaceIDs(c.UIDs, user.CurrentProcessUIDMap)
+	ids, err := currentIDs()
 	if err != nil {
 		return err
 	}
-	gids, err := namespaceIDs(c.GIDs, user.CurrentProcessGIDMap)
+	uids, err := namespaceIDs(c.UIDs, ids.UIDMaps, "uid")
+	if err != nil {
+		return err
+	}
+	gids, err := namespaceIDs(c.GIDs, ids.GIDMaps, "gid")
 	if err != nil {
 		return err
 	}
@@ -48,23 +53,34 @@ func (c Config) intoUserNamespace(cmd *exec.Cmd) error {
 	return nil
 }
 
-// namespaceIDs returns the ids of a kind that a server's user namespace has: all
-// that this process' has, under the same numbers, if the caller names none.
-func namespaceIDs(ids []syscall.SysProcIDMap, current func() ([]user.IDMap, error)) (
-	[]syscall.SysProcIDMap, error) {
-	if ids != nil {
-		return ids, nil
+// namespaceIDs returns the ids of a kind that a server's user namespace has, in ranges
+// as this process' own namespace has them: the kernel takes none across two of those.
+// Nil is all of them, under the same numbers.
+func namespaceIDs(ids []syscall.SysProcIDMap, own []user.IDMap, kind string) (
+	parts []syscall.SysProcIDMap, err error) {
+	all := ids == nil
+	if all {
+		ids = []syscall.SysProcIDMap{{Size: math.MaxUint32}}
 	}
-	own, err := current()
-	if err != nil {
-		return nil, err
+	for _, r := range ids {
+		missing := r.Size
+		for _, o := range own {
+			from := max(r.HostID, int(o.ID))
+			n := min(r.HostID+r.Size, int(o.ID+o.Count)) - from
+			if n > 0 {
+				parts = append(parts, syscall.SysProcIDMap{
+					ContainerID: r.ContainerID + (from - r.HostID), HostID: from, Size: n,
+				})
+				missing -= n
+			}
+		}
+		if missing > 0 && !all {
+			return nil, fmt.Errorf("--translate-%s map:%d:%d:%d: this process has not all "+
+				"these ids of the host to give: see /proc/self/%[1]s_map",
+				kind, r.ContainerID, r.HostID, r.Size)
+		}
 	}
-	for _, r := range own {
-		ids = append(ids, syscall.SysProcIDMap{
-			ContainerID: int(r.ID), HostID: int(r.ID), Size: int(r.Count),
-		})
-	}
-	return ids, nil
+	return parts, nil
 }
 
 // first returns the range with the first id inside.
@@ -89,8 +105,7 @@ func needsMaps(err error) error {
 		return fmt.Errorf("map: in --translate-uid or --translate-gid takes a user namespace "+
 			"that has these ids: %w: leave map: out where none can be made "+
 			"(the sysctl user.max_user_namespaces, a container; Docker makes one itself by "+
-			"userns-remap and allows them with --cap-add=SYS_ADMIN), "+
-			"and name host ids that /proc/self/uid_map and gid_map have", err)
+			"userns-remap and allows them with --cap-add=SYS_ADMIN)", err)
 	}
 	return err
 }

@@ -118,14 +118,32 @@ func TestMappedExportIsClosed(t *testing.T) {
 // Ids that the starter has not can't be given to the guest.
 func TestMappedIDsAreMissing(t *testing.T) {
 	t.Parallel()
-	for ranges, id := range map[string]int{withRange: 65537, noRange: 1} {
-		dir := exportOf(t)
-		status, out := helpertest.Run(t, asSomeone(t, ranges, helpertest.Ours(t), "-p", dir, "-s",
-			filepath.Join(filepath.Dir(dir), "s"), fmt.Sprintf("--translate-uid=map:0:%d:1", id)))
-		if status != 1 || !strings.Contains(out, "--translate-uid") || !strings.Contains(out, "uid_map") {
-			t.Errorf("%s: status %d, %q", ranges, status, out)
+	for ranges, id := range map[string]int{withRange: 65536, noRange: 1} {
+		for _, kind := range []string{"uid", "gid"} {
+			dir := exportOf(t)
+			status, out := helpertest.Run(t, asSomeone(t, ranges, helpertest.Ours(t), "-p", dir, "-s",
+				filepath.Join(filepath.Dir(dir), "s"), fmt.Sprintf("--translate-%s=map:5:%d:2", kind, id)))
+			says := fmt.Sprintf("--translate-%s map:5:%d:2: this process has not all", kind, id)
+			if status != 1 || !strings.Contains(out, says) || !strings.Contains(out, kind+"_map") {
+				t.Errorf("%s: status %d, %q", ranges, status, out)
+			}
 		}
 	}
+}
+
+// The kernel takes no range of ids across two of someone's: its own and the others.
+func TestMappedAcrossRanges(t *testing.T) {
+	t.Parallel()
+	r := startRootless(t, withRange, "--translate-uid=map:100:0:50", "--translate-gid=map:0:0:50")
+	c := helpertest.Dial(t, r.name)
+	for id, host := range map[uint32]uint32{0: someone, 1: someRange, 49: someRange + 48} {
+		name := fmt.Sprintf("/%d", id)
+		c.Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path(name), UID: 100 + id, GID: id})
+		if got := r.owner(t, name); got != [2]uint32{host, host} {
+			t.Errorf("%s is of %v, not %d", name, got, host)
+		}
+	}
+	c.Want(unix.EPERM, codec.Mkdir, codec.Request{Path: helpertest.Path("/x"), UID: 150, GID: 0})
 }
 
 // Without a range someone can map itself alone.
