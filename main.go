@@ -117,7 +117,10 @@ func parseOptions(args []string) (*options, error) {
 		"translate user ids, in virtiofsd's notation; may be repeated. "+
 			"`MAP` is map:GUEST:HOST:COUNT,\n"+
 			"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\n"+
-			"squash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
+			"squash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT. "+
+			"What map: names is all\n"+
+			"that exists, in a user namespace; the others act on top. Give map: for users\n"+
+			"and groups")
 	f.Var(&o.Server.FS.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
 	f.StringVar((*string)(&o.Sandbox.Sandbox), "sandbox", "namespace",
 		"confine the server by namespace, chroot or, for debugging, none: `HOW`")

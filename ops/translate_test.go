@@ -76,7 +76,8 @@ func TestTranslate(t *testing.T) {
 // Without map: the host's ids are the guest's, and its root can do all.
 func TestTranslateWithoutMap(t *testing.T) {
 	t.Parallel()
-	dir, c, _ := newTranslating(t, [2]int{0, 0}, "--translate-uid squash-guest:1000:7:10 --translate-gid guest:1000:8:10")
+	dir, c, _ := newTranslating(t, [2]int{0, 0},
+		"--translate-uid squash-guest:1000:7:10 --translate-gid guest:1000:8:10")
 	want(t, c, 0, creates("/x", 1009, 1009)...)
 	wantOwner(t, dir, c, "/xmkdir", [2]uint32{7, 17}, [2]uint32{7, 17})
 	want(t, c, 0, mknod("/device", unix.S_IFCHR|0o600, 0x103, 0, 0), chmod("/secret", 0o6755))
@@ -120,7 +121,8 @@ func TestTranslateForbidden(t *testing.T) {
 // also on threads that have made files.
 func TestTranslateWithoutRoot(t *testing.T) {
 	t.Parallel()
-	dir, c, p := newTranslating(t, [2]int{1000, 1001}, "--translate-uid map:1000:1000:3 --translate-gid map:1001:1001:3")
+	dir, c, p := newTranslating(t, [2]int{1000, 1001},
+		"--translate-uid map:1000:1000:3 --translate-gid map:1001:1001:3")
 	of := [2]uint32{1000, 1001}
 	want(t, c, 0, open("/opened", unix.O_CREAT|unix.O_RDWR))
 	wantOwner(t, dir, c, "/opened", of, of)

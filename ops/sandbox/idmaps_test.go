@@ -51,7 +51,8 @@ func TestMappedServer(t *testing.T) {
 		server := h.Server()
 		for _, kind := range []string{"uid_map", "gid_map"} {
 			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", server, kind))
-			if got := strings.Fields(string(b)); err != nil || !slices.Equal(got, []string{"0", strconv.Itoa(root), "2000"}) {
+			got, want := strings.Fields(string(b)), []string{"0", strconv.Itoa(root), "2000"}
+			if err != nil || !slices.Equal(got, want) {
 				t.Errorf("%s: %v, %v", kind, got, err)
 			}
 		}
@@ -69,7 +70,8 @@ func TestMappedServer(t *testing.T) {
 			server: {CapPrm: seven, CapEff: seven},
 		} {
 			for _, st := range helpertest.Threads(t, pid) {
-				if got := threadCaps(t, st); got != want || st["NoNewPrivs"] != "1" || st["Seccomp"] != "2" || st["Groups"] != "" {
+				if got := threadCaps(t, st); got != want || st["NoNewPrivs"] != "1" ||
+					st["Seccomp"] != "2" || st["Groups"] != "" {
 					t.Errorf("%s: %x, want %x; NoNewPrivs %s, Seccomp %s, groups %q",
 						st["Name"], got, want, st["NoNewPrivs"], st["Seccomp"], st["Groups"])
 				}
@@ -172,8 +174,10 @@ func TestMappedWithoutSandbox(t *testing.T) {
 			t.Fatal(err)
 		}
 		name := filepath.Join(filepath.Dir(dir), "s")
-		p := helpertest.Start(t, helpertest.Command{Path: helpertest.Ours(t), Args: []string{"-n", "-p", dir, "-s", name,
-			"-u", "0", "-g", "0", "--sandbox=none", "--seccomp=none", "--translate-uid", uids, "--translate-gid", uids}})
+		p := helpertest.Start(t, helpertest.Command{Path: helpertest.Ours(t), Args: []string{
+			"-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
+			"--sandbox=none", "--seccomp=none", "--translate-uid", uids, "--translate-gid", uids,
+		}})
 		helpertest.AwaitName(t, p, name)
 		c := helpertest.Dial(t, name)
 		a := c.Want(0, codec.Open, request("/opened", 0))
@@ -181,7 +185,9 @@ func TestMappedWithoutSandbox(t *testing.T) {
 		if got := owner(t, filepath.Join(dir, "opened")); got != [2]uint32{uint32(first), uint32(first)} {
 			t.Errorf("%s: opened is of %v", uids, got)
 		}
-		c.Want(unix.EPERM, codec.Mknod, codec.Request{Path: helpertest.Path("/dev"), Mode: unix.S_IFCHR | 0o600, Rdev: 0x103})
+		c.Want(unix.EPERM, codec.Mknod, codec.Request{
+			Path: helpertest.Path("/dev"), Mode: unix.S_IFCHR | 0o600, Rdev: 0x103,
+		})
 		if groups := helpertest.Status(t, fmt.Sprint(p.Server()))["Groups"]; groups != "" {
 			t.Errorf("%s: the server has the groups %s", uids, groups)
 		}
