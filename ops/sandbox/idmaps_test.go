@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -174,10 +175,14 @@ func TestMappedWithoutSandbox(t *testing.T) {
 			t.Fatal(err)
 		}
 		name := filepath.Join(filepath.Dir(dir), "s")
-		p := helpertest.Start(t, helpertest.Command{Path: helpertest.Ours(t), Args: []string{
-			"-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
-			"--sandbox=none", "--seccomp=none", "--translate-uid", uids, "--translate-gid", uids,
-		}})
+		p := helpertest.Start(t, helpertest.Command{
+			Path: helpertest.Ours(t),
+			Args: []string{
+				"-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
+				"--sandbox=none", "--seccomp=none", "--translate-uid", uids, "--translate-gid", uids,
+			},
+			Cred: &syscall.Credential{Groups: []uint32{4, 24}},
+		})
 		helpertest.AwaitName(t, p, name)
 		c := helpertest.Dial(t, name)
 		a := c.Want(0, codec.Open, request("/opened", 0))
