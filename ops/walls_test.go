@@ -136,7 +136,8 @@ func TestMapWalls(t *testing.T) {
 					chmod(dir+name, 0o6755), chown(dir+name, 0, 0), chown(dir+name, 0, none),
 					chown(dir+name, none, 0), utime(dir+name, 1, 0, 1, 0),
 					lsetxattr(dir+name, "system.posix_acl_access", acl, len(acl), 0),
-					lsetxattr(dir+name, "security.x", "x", 1, 0), lsetxattr(dir+name, "trusted.x", "x", 1, 0),
+					lsetxattr(dir+name, "security.capability", fileCaps, len(fileCaps), 0),
+					lsetxattr(dir+name, "trusted.x", "x", 1, 0),
 					open(dir+name, unix.O_NOATIME))
 				if a := ask(t, c, lstat(dir+name)); a.Errno != 0 || u32(a.Payload[28:]) != overflow ||
 					u32(a.Payload[32:]) != overflow {
@@ -150,6 +151,19 @@ func TestMapWalls(t *testing.T) {
 		want(t, c, unix.EACCES, creates("/", 0, 0)...)
 		want(t, c, unix.EPERM, rename("/sticky/open", "/in/x"), remove("/sticky/open"),
 			chmod("/sticky", 0o777), chmod("/", 0o777), chown("/", 0, 0))
+		// A link to a file of another is none to it, where the kernel lets one be made.
+		linked := unix.EPERM
+		if b, err := os.ReadFile("/proc/sys/fs/protected_hardlinks"); err == nil && b[0] == '0' {
+			linked = 0
+		}
+		want(t, c, linked, link("/readable", "/in/link"))
+		want(t, c, 0, link("/open", "/in/link2"))
+		want(t, c, unix.EPERM, chmod("/in/link2", 0o6755), chown("/in/link2", 0, 0))
+		if linked == 0 {
+			want(t, c, unix.EPERM, chmod("/in/link", 0o6755), chown("/in/link", 0, 0))
+			want(t, c, 0, remove("/in/link"))
+		}
+		want(t, c, 0, remove("/in/link2"))
 		// Its own are for its users alone.
 		for _, id := range []uint32{0, 1000, mapCount - 1} {
 			for _, s := range creates(fmt.Sprintf("/in/%d", id), id, id) {
@@ -180,6 +194,9 @@ func TestMapWalls(t *testing.T) {
 		want(t, c, 0, rename("/in/open", "/in/moved"), remove("/in/moved"), remove("/in/readable"))
 	})
 }
+
+// fileCaps is a vfs_cap_data of version 2: CAP_CHOWN, permitted and effective.
+const fileCaps = "\x01\x00\x00\x02\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
 // overflow is what ids are told as that the server has not: kernel.overflowuid.
 const overflow = 65534

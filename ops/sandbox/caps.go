@@ -46,14 +46,17 @@ func (c Config) setupCaps() (caps []cap.Value) {
 	return caps
 }
 
-// Check says what the process lacks to confine and to serve, and what to do
-// about it.
+// Check says what the process lacks to confine and to serve, or has too much, and
+// what to do about it.
 func (c Config) Check() error {
 	if c.ReadOnly && c.Sandbox != SandboxNamespace {
 		return fmt.Errorf("--readonly --sandbox=%s: "+
 			"descriptors that QEMU is given could be opened again for writing, "+
 			"as the mount is not read-only: use --sandbox=namespace, "+
 			"or mount the export read-only and leave out --readonly", c.Sandbox)
+	}
+	if err := c.checkGroups(); err != nil {
+		return err
 	}
 	have := cap.GetProc()
 	var missing []string

@@ -53,6 +53,26 @@ func (c Config) intoUserNamespace(cmd *exec.Cmd) error {
 	return nil
 }
 
+// checkGroups returns an error if servers would keep groups that are not among their
+// ids: where nobody can leave one.
+func (c Config) checkGroups() error {
+	if c.GIDs == nil || !keepsGroups() {
+		return nil
+	}
+	groups, err := unix.Getgroups()
+	if err != nil {
+		return fmt.Errorf("getgroups: %w", err)
+	}
+	for _, g := range groups {
+		if inside(c.GIDs, g) != g {
+			return errors.New("--translate-gid: servers can't leave supplementary groups of " +
+				"this process, which no map: names: give its user a range in /etc/subgid, or " +
+				"start it without these groups")
+		}
+	}
+	return nil
+}
+
 // namespaceIDs returns the ids of a kind that a server's user namespace has, in ranges
 // as this process' own namespace has them: the kernel takes none across two of those.
 // Nil is all of them, under the same numbers.
