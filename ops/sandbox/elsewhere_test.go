@@ -317,6 +317,10 @@ var serviceOptions = map[string]func(dir string) error{
 		}
 		return unix.MoveMount(null, "", unix.AT_FDCWD, "/dev/null", unix.MOVE_MOUNT_F_EMPTY_PATH)
 	},
+	"ProtectKernelTunables=yes": func(string) error {
+		return errors.Join(unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""),
+			unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	},
 	"no devices": func(string) error {
 		return unix.Mount("tmpfs", "/dev", "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755")
 	},
@@ -339,6 +343,31 @@ func enterService(options, dir string, args []string) {
 	}
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(99)
+}
+
+// In a user namespace the kernel mounts no /proc where a part of one is hidden.
+func TestMapsWithoutWholeProc(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(options ...string) (c helpertest.Command, name string) {
+		dir := export(t)
+		room := filepath.Dir(dir)
+		name = filepath.Join(room, "s")
+		return helpertest.Command{Path: self, Args: append([]string{inService, "ProtectKernelTunables=yes", room,
+			helpertest.Ours(t), "-p", dir, "-s", name, "-u", "0", "-g", "0"}, options...)}, name
+	}
+	c, _ := start(mapped...)
+	status, out := helpertest.Run(t, c)
+	if status != 1 || !strings.Contains(out, "ProtectKernelTunables=") || !strings.Contains(out, "--sandbox=chroot") {
+		t.Errorf("status %d, %q", status, out)
+	}
+	for _, options := range [][]string{{"-n"}, append(slices.Clone(mapped), "-n", "--sandbox=chroot")} {
+		c, name := start(options...)
+		helpertest.AwaitName(t, helpertest.Start(t, c), name)
+		helpertest.Dial(t, name).Want(0, codec.Lstat, request("/", 0))
+	}
 }
 
 // Under options of systemd that take away what is mounted, the daemon and the

@@ -208,3 +208,22 @@ func TestMappedWithoutSandbox(t *testing.T) {
 		}
 	}
 }
+
+// The user that servers run as must be able to execute the program.
+func TestMappedProgramIsClosed(t *testing.T) {
+	t.Parallel()
+	b, err := os.ReadFile(helpertest.Ours(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(helpertest.ShortDir(t), "helper")
+	if err := os.WriteFile(program, b, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	dir := export(t)
+	status, out := helpertest.Run(t, helpertest.Command{Path: program, Args: append([]string{
+		"-p", dir, "-s", filepath.Join(filepath.Dir(dir), "s"), "-u", "0", "-g", "0"}, mapped...)})
+	if status != 1 || !strings.Contains(out, "chmod a+rx") {
+		t.Errorf("status %d, %q", status, out)
+	}
+}

@@ -36,7 +36,7 @@ func Descriptors(n uint64) (uint64, error) {
 // its servers may not have n threads. It looks at files of the host and
 // is to be called before DropSupervisorPrivileges, never by a server.
 func (c Config) Threads(n uint64) error {
-	return threads("", n, !isHostRoot() || c.UIDs != nil)
+	return threads("", n, !isHostRoot() || c.UIDs != nil && first(c.UIDs).HostID != 0)
 }
 
 // threads is Threads with the host's files below root. user means that the limit of
