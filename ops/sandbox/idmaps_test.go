@@ -33,9 +33,9 @@ func TestMappedServer(t *testing.T) {
 	helpertest.EachWay(t, nil, func(t *testing.T, way helpertest.Way) {
 		h := way.Start(t, helpertest.Setup{Args: mapped})
 		root := mappedRoot(way)
-		if !strings.Contains(h.Output(), fmt.Sprintf("chown %d:%[1]d %s", root, h.Export)) {
-			t.Errorf("does not say how the export's owner is mended:\n%s", h.Output())
-		}
+		helpertest.Eventually(t, "it says how the export's owner is mended", func() bool {
+			return h.Logged(fmt.Sprintf("chown %d:%[1]d %s", root, h.Export))
+		})
 		if err := os.Chown(h.Export, root, root); err != nil {
 			t.Fatal(err)
 		}

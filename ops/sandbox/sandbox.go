@@ -59,7 +59,7 @@ const (
 	// SandboxNone: chroot, as paths begin at the export, and nothing else:
 	// both processes keep the groups and, but on threads that have made files,
 	// the capabilities that they were started with. A hostile guest that takes
-	// over the server has the host.
+	// over the server has the host; with UIDs and GIDs, what these own there.
 	SandboxNone Sandbox = "none"
 )
 
