@@ -117,7 +117,10 @@ func parseOptions(args []string) (*options, error) {
 		"translate user ids, in virtiofsd's notation; may be repeated. "+
 			"`MAP` is map:GUEST:HOST:COUNT,\n"+
 			"guest:GUEST:HOST:COUNT, host:HOST:GUEST:COUNT, squash-guest:GUEST:HOST:COUNT,\n"+
-			"squash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT")
+			"squash-host:HOST:GUEST:COUNT or forbid-guest:GUEST:COUNT. "+
+			"What map: names is all\n"+
+			"that exists, in a user namespace; the others act on top. Give map: for users\n"+
+			"and groups")
 	f.Var(&o.Server.FS.GIDs, "translate-gid", "translate group ids by `MAP`, likewise")
 	f.StringVar((*string)(&o.Sandbox.Sandbox), "sandbox", "namespace",
 		"confine the server by namespace, chroot or, for debugging, none: `HOW`")
@@ -179,6 +182,13 @@ func parseOptions(args []string) (*options, error) {
 	}
 	o.UID, o.GID, o.Version = int(uid), int(gid), buildVersion()
 	o.Sandbox.ReadOnly = o.Server.FS.ReadOnly
+	if err := o.Server.FS.UIDs.Check(); err != nil {
+		return bad("--translate-uid: %w", err)
+	}
+	if err := o.Server.FS.GIDs.Check(); err != nil {
+		return bad("--translate-gid: %w", err)
+	}
+	o.Sandbox.UIDs, o.Sandbox.GIDs = o.Server.FS.UIDs.Namespace(), o.Server.FS.GIDs.Namespace()
 	if o.PIDFile != "" { // the daemon leaves this directory before it removes the file
 		if o.PIDFile, err = filepath.Abs(o.PIDFile); err != nil {
 			return nil, fmt.Errorf("--pidfile: %w", err)

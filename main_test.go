@@ -32,6 +32,8 @@ func TestOptions(t *testing.T) {
 		socket + " --log-level loud":          "not one of debug, info, warn, error",
 		socket + " --translate-uid map:1:2":   "--translate-uid",
 		socket + " --translate-gid guest:a:b": "--translate-gid",
+		socket + " --translate-uid map:0:9:1 --translate-uid guest:1:0:1":       "--translate-uid: the host's id 0",
+		socket + " --translate-gid squash-host:0:9:1 --translate-gid map:0:9:1": "--translate-gid: the host's id 0",
 	} {
 		if _, err := parseOptions(strings.Fields(args)); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: error %v, want %q", args, err, says)

@@ -161,7 +161,7 @@ func (l *local) run(tb testing.TB, s sequence, loop func(once func())) {
 func TestRequestsAllocateNothing(t *testing.T) {
 	asked := map[codec.Type]bool{}
 	var ids ops.IDMap
-	if err := ids.Set("map:1000:101000:1"); err != nil {
+	if err := ids.Set("guest:1000:101000:1"); err != nil {
 		t.Fatal(err)
 	}
 	for name, l := range map[string]*local{

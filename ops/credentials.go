@@ -1,6 +1,7 @@
 package ops
 
 import (
+	"os"
 	"runtime"
 	"unsafe"
 
@@ -12,10 +13,10 @@ import (
 // withCredentials runs do, which makes a file, while this thread has the
 // credentials uid:gid: effective ids, which the file system ids follow, and of
 // the capabilities at most CAP_DAC_OVERRIDE, as the guest has checked
-// permissions already. 0:0 is what every thread is anyway: it keeps all that
-// the process has.
+// permissions already. For 0:0, where that is what every thread is anyway, it
+// keeps all that the process has.
 //
-// A uid other than 0 takes all capabilities away. Most files are made where
+// A uid other than 0 has no capabilities. Most files are made where
 // their owner may write, so CAP_DAC_OVERRIDE comes back only if do fails for
 // the want of it; do has made nothing then.
 func (c *Call) withCredentials(uid, gid uint32, do func() unix.Errno) unix.Errno {
@@ -23,7 +24,7 @@ func (c *Call) withCredentials(uid, gid uint32, do func() unix.Errno) unix.Errno
 	switch {
 	case uid == invalid || gid == invalid:
 		return unix.EINVAL
-	case uid == 0 && gid == 0:
+	case uid == 0 && gid == 0 && own == identity{}:
 		return do()
 	}
 	errno := c.assume(uid, gid)
@@ -48,15 +49,18 @@ func (c *Call) assume(uid, gid uint32) (errno unix.Errno) {
 	runtime.LockOSThread()
 	c.switched = true
 	c.uid = uid
-	if gid != 0 {
+	if gid != own.gid {
 		errno = setegid(gid)
+	}
+	if errno == 0 && uid != own.uid {
+		errno = seteuid(uid) // and the kernel empties the effective set, if root becomes another
 	}
 	switch {
 	case errno != 0:
-	case uid != 0:
-		errno = seteuid(uid) // and the kernel empties the effective set
-	default:
+	case uid == 0:
 		errno = capset(&createCaps)
+	case own.uid != 0:
+		errno = capset(&noCaps)
 	}
 	if errno == unix.EINVAL {
 		return unix.EPERM
@@ -68,34 +72,41 @@ func (c *Call) assume(uid, gid uint32) (errno unix.Errno) {
 // for none.
 func (c *Call) idUnmapped(uid, gid uint32) bool {
 	if uid == noID {
-		uid = 0
+		uid = own.uid
 	}
 	if gid == noID {
-		gid = 0
+		gid = own.gid
 	}
 	return c.withCredentials(uid, gid, func() unix.Errno { return 0 }) == unix.EPERM
 }
 
-// restore takes assume back. The real ids are 0, so it needs no capability. If
-// it fails all the same, the thread is lost to further requests.
+// restore takes assume back. The real ids are the process' own, so it needs no
+// capability. If it fails all the same, the thread is lost to further requests.
 func (c *Call) restore(uid, gid uint32) {
 	var errno unix.Errno
-	if uid != 0 {
-		errno = seteuid(0) // and the kernel makes the permitted set effective
-	} else {
+	if uid != own.uid {
+		errno = seteuid(own.uid) // and the kernel makes root's permitted set effective
+	}
+	if errno == 0 && (uid == own.uid || own.uid != 0) {
 		errno = capset(&allCaps)
 	}
-	if errno == 0 && gid != 0 {
-		errno = setegid(0)
+	if errno == 0 && gid != own.gid {
+		errno = setegid(own.gid)
 	}
 	if errno != 0 {
 		c.Tainted = true
 		return
 	}
 	c.switched = false
-	c.uid = 0
+	c.uid = own.uid
 	runtime.UnlockOSThread()
 }
+
+// identity is a user and a group.
+type identity struct{ uid, gid uint32 }
+
+// own is what the process runs as: 0:0, or the first ids that a MAP names.
+var own = identity{uint32(os.Geteuid()), uint32(os.Getegid())}
 
 // capData is the kernel's struct __user_cap_data_struct, both halves of it.
 type capData [2]unix.CapUserData
@@ -104,6 +115,7 @@ var (
 	capHeader  = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread
 	allCaps    = capSets(sandbox.Mask())
 	createCaps = capSets(1 << unix.CAP_DAC_OVERRIDE)
+	noCaps     = capSets(0)
 )
 
 func capSets(effective uint64) capData {

@@ -8,24 +8,31 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"virtfs-proxy-helper/codec"
 )
 
-// IDMap translates the ids of users, or those of groups, between guest and
-// host, each way for itself; an id without a translation stays as it is. It is
-// a pflag.Value, given once for each range of ids, in virtiofsd's notation:
+// IDMap is how the ids of users, or those of groups, of guest and host belong
+// together. It is a pflag.Value, given once for each range of ids, in virtiofsd's
+// notation:
 //
-//	map:GUEST:HOST:COUNT           guest:... and host:... in one
-//	guest:GUEST:HOST:COUNT         COUNT guest ids from GUEST on become the host's from HOST on
-//	host:HOST:GUEST:COUNT          and the other way round
+//	map:GUEST:HOST:COUNT           COUNT guest ids from GUEST on are the host's from HOST on
+//	guest:GUEST:HOST:COUNT         what the guest sets as the former becomes the latter
+//	host:HOST:GUEST:COUNT          the guest is told the latter for the former
 //	squash-guest:GUEST:HOST:COUNT  all of them become HOST
 //	squash-host:HOST:GUEST:COUNT   all of them become GUEST
 //	forbid-guest:GUEST:COUNT       no request may use them: EPERM
+//
+// The maps are what exists: the server runs in a user namespace that has these
+// ids, under the guest's numbers, and no others. So the kernel translates, for
+// all that a request does. Without a map the host's ids are the guest's. The
+// others act on top, and on the numbers alone that requests and answers have.
 type IDMap struct {
-	toHost, toGuest []idRange // in order, none within another
+	maps            []idRange // by the guest's ids, in order
+	toHost, toGuest []idRange // in order, none within another of the same
 	given           []string
 }
 
@@ -98,23 +105,38 @@ func (m *IDMap) Set(s string) error {
 			count, max(from, to))
 	}
 	r := idRange{from, from + count - 1, to, kind.how}
-	toHost, toGuest := m.toHost, m.toGuest
+	next, side := *m, "guest"
 	var err error
-	if kind.from == "GUEST" {
-		if toHost, err = addRange(toHost, r); err != nil {
-			return fmt.Errorf("guest %w", err)
+	switch {
+	case name == "map":
+		if next.maps, err = addRange(m.maps, r); err == nil {
+			side = "host"
+			_, err = addRange(inverse(m.maps), inverse([]idRange{r})[0])
 		}
-	} else if toGuest, err = addRange(toGuest, r); err != nil {
-		return fmt.Errorf("host %w", err)
+	case kind.from == "GUEST":
+		next.toHost, err = addRange(m.toHost, r)
+	default:
+		side = "host"
+		next.toGuest, err = addRange(m.toGuest, r)
 	}
-	if name == "map" {
-		if toGuest, err = addRange(toGuest, idRange{to, to + count - 1, from, shift}); err != nil {
-			return fmt.Errorf("host %w", err)
-		}
+	if err != nil {
+		return fmt.Errorf("%s %w", side, err)
 	}
-	m.toHost, m.toGuest, m.given = toHost, toGuest, append(m.given, s)
+	next.given = append(next.given, s)
+	*m = next
 	return nil
 }
+
+// inverse returns maps by the host's ids, in order.
+func inverse(maps []idRange) (hosts []idRange) {
+	for _, r := range maps {
+		hosts = append(hosts, idRange{r.to, r.to + (r.last - r.first), r.first, shift})
+	}
+	slices.SortFunc(hosts, compareRanges)
+	return hosts
+}
+
+func compareRanges(a, b idRange) int { return cmp.Compare(a.first, b.first) }
 
 func addRange(ranges []idRange, r idRange) ([]idRange, error) {
 	for _, other := range ranges {
@@ -124,7 +146,7 @@ func addRange(ranges []idRange, r idRange) ([]idRange, error) {
 		}
 	}
 	ranges = append(slices.Clone(ranges), r)
-	slices.SortFunc(ranges, func(a, b idRange) int { return cmp.Compare(a.first, b.first) })
+	slices.SortFunc(ranges, compareRanges)
 	return ranges, nil
 }
 
@@ -151,33 +173,130 @@ func (m *IDMap) UnmarshalText(text []byte) error {
 // Type is what pflag calls the value.
 func (m *IDMap) Type() string { return "map" }
 
-// host returns the host's id for the guest's, unless that is forbidden. -1
-// stays -1.
-func (m *IDMap) host(id uint32) (uint32, bool) { return translate(m.toHost, id) }
+// Namespace returns the ids of the user namespace that the maps ask for, nil if
+// there are none: the guest's numbers inside, the host's outside.
+func (m *IDMap) Namespace() (ids []syscall.SysProcIDMap) {
+	for _, r := range m.maps {
+		ids = append(ids, syscall.SysProcIDMap{
+			ContainerID: int(r.first), HostID: int(r.to), Size: int(r.last-r.first) + 1,
+		})
+	}
+	return ids
+}
 
-// guest returns the guest's id for the host's; none is forbidden.
-func (m *IDMap) guest(id uint32) (uint32, bool) { return translate(m.toGuest, id) }
+// Check returns an error if a translation needs an id of the host that no map has.
+func (m *IDMap) Check() error {
+	_, err := m.inside()
+	return err
+}
 
-func translate(ranges []idRange, id uint32) (uint32, bool) {
-	for i := range ranges {
-		r := &ranges[i]
-		switch {
-		case id > r.last:
+// inside returns the translations as they are in the namespace, where the host's
+// ids have the guest's numbers.
+func (m *IDMap) inside() (*IDMap, error) {
+	if m.maps == nil {
+		return m, nil
+	}
+	in := &IDMap{maps: m.maps, given: m.given}
+	hosts := inverse(m.maps)
+	for _, r := range m.toHost {
+		last := r.to
+		switch r.how {
+		case forbid:
+			in.toHost = append(in.toHost, r)
 			continue
-		case id < r.first:
-			return id, true
-		case r.how == forbid:
-			return 0, false
-		case r.how == squash:
-			return r.to, true
+		case shift:
+			last += r.last - r.first
 		}
-		return r.to + (id - r.first), true
+		err := split(hosts, r.to, last, func(first, last, inside uint32) {
+			part := r
+			part.to = inside
+			if r.how == shift {
+				part.first = r.first + (first - r.to)
+				part.last = part.first + (last - first)
+			}
+			in.toHost = append(in.toHost, part)
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	for _, r := range m.toGuest {
+		err := split(hosts, r.first, r.last, func(first, last, inside uint32) {
+			part := idRange{inside, inside + (last - first), r.to, r.how}
+			if r.how == shift {
+				part.to += first - r.first
+			}
+			in.toGuest = append(in.toGuest, part)
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(in.toGuest, compareRanges)
+	return in, nil
+}
+
+// split calls part for the ids of the host from first to last, with those that one
+// map has at a time and the first one's number inside.
+func split(hosts []idRange, first, last uint32, part func(first, last, inside uint32)) error {
+	for _, h := range hosts {
+		if h.last < first {
+			continue
+		}
+		if h.first > first {
+			break
+		}
+		end := min(last, h.last)
+		part(first, end, h.to+(first-h.first))
+		if end == last {
+			return nil
+		}
+		first = end + 1
+	}
+	return fmt.Errorf("the host's id %d is needed, which no map:GUEST:HOST:COUNT names: "+
+		"the server has only those", first)
+}
+
+// host returns what the server takes for an id that a request has, unless that is
+// forbidden or does not exist. -1 stays -1.
+func (m *IDMap) host(id uint32) (uint32, bool) {
+	if r := find(m.toHost, id); r != nil {
+		return r.translate(id), r.how != forbid
+	}
+	return id, m.maps == nil || id == noID || find(m.maps, id) != nil
+}
+
+// guest returns what the guest is told for an id that the server sees; none is
+// forbidden.
+func (m *IDMap) guest(id uint32) (uint32, bool) {
+	if r := find(m.toGuest, id); r != nil {
+		return r.translate(id), true
 	}
 	return id, true
 }
 
+// find returns the range that has an id, or nil.
+func find(ranges []idRange, id uint32) *idRange {
+	for i := range ranges {
+		if r := &ranges[i]; id <= r.last {
+			if id < r.first {
+				return nil
+			}
+			return r
+		}
+	}
+	return nil
+}
+
+func (r *idRange) translate(id uint32) uint32 {
+	if r.how == squash {
+		return r.to
+	}
+	return r.to + (id - r.first)
+}
+
 // toHost translates the ids in a request, in place. It is EPERM if one of them
-// is forbidden.
+// is forbidden or does not exist.
 func (fs *FS) toHost(t codec.Type, q *codec.Request) unix.Errno {
 	ok := true
 	switch t {

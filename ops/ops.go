@@ -8,7 +8,7 @@
 //	inode.go     requests that read or change an inode, and GETVERSION
 //	xattr.go     extended attributes
 //	readonly.go  what a read-only export answers instead
-//	idmap.go     ids of the guest to those of the host, and back
+//	idmap.go     ids of the guest and of the host
 //	resolve.go   paths, those beyond PATH_MAX, too
 //	credentials.go creates as the caller's uid and gid, on one thread alone
 //	syscalls.go  the system calls, as they are: no allocation, no string
@@ -82,8 +82,8 @@ type FS struct {
 	noDevices bool
 	self      codec.CString // the name of fds in itself: some file on another mount
 
-	translates bool // uids or gids
-	uids, gids IDMap
+	translates bool   // uids or gids
+	uids, gids *IDMap // as they are inside, see IDMap
 	sysctls    Sysctls
 }
 
@@ -109,9 +109,14 @@ func New(fds int, opts Options, log *slog.Logger) (*FS, error) {
 		self: codec.CString(strconv.Itoa(fds) + "\x00"),
 
 		translates: opts.UIDs.given != nil || opts.GIDs.given != nil,
-		uids:       opts.UIDs,
-		gids:       opts.GIDs,
 		sysctls:    opts.Sysctls,
+	}
+	var err error
+	if fs.uids, err = opts.UIDs.inside(); err != nil {
+		return nil, fmt.Errorf("users: %w", err)
+	}
+	if fs.gids, err = opts.GIDs.inside(); err != nil {
+		return nil, fmt.Errorf("groups: %w", err)
 	}
 	if opts.ReadOnly {
 		fs.table = &readOnlyTable
@@ -159,7 +164,7 @@ type Call struct {
 // payload is overwritten. It leaves an answer in c.Out, which it reuses, and
 // in c.FD, whatever happens.
 func (fs *FS) Do(t codec.Type, payload []byte, c *Call) {
-	c.Out, c.FD, c.Again = c.Out[:0], -1, false
+	c.Out, c.FD, c.Again, c.uid = c.Out[:0], -1, false, own.uid
 	errno := fs.do(t, payload, c)
 	switch {
 	case errno != 0:

@@ -33,7 +33,7 @@ func ReadSysctls() (s Sysctls, err error) {
 		"protected_fifos":   &s.ProtectedFIFOs,
 	} {
 		b, err := os.ReadFile("/proc/sys/fs/" + name)
-		if errors.Is(err, os.ErrNotExist) {
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 			*value = strictest
 			continue
 		}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -30,24 +31,32 @@ func Mask() uint64 {
 
 // setupCaps are the capabilities that it takes to confine a server, beside those
 // that the server keeps: SETPCAP empties its bounding set.
-func (c Config) setupCaps() []cap.Value {
+func (c Config) setupCaps() (caps []cap.Value) {
 	switch c.Sandbox {
 	case SandboxNamespace:
-		return []cap.Value{cap.SYS_ADMIN, cap.SETPCAP}
+		caps = []cap.Value{cap.SYS_ADMIN, cap.SETPCAP}
 	case SandboxChroot:
-		return []cap.Value{cap.SYS_CHROOT, cap.SETPCAP}
+		caps = []cap.Value{cap.SYS_CHROOT, cap.SETPCAP}
+	default:
+		caps = []cap.Value{cap.SYS_CHROOT}
 	}
-	return []cap.Value{cap.SYS_CHROOT}
+	if c.mapsRoot() {
+		caps = append(caps, cap.SETFCAP)
+	}
+	return caps
 }
 
-// Check says what the process lacks to confine and to serve, and what to do
-// about it.
+// Check says what the process lacks to confine and to serve, or has too much, and
+// what to do about it.
 func (c Config) Check() error {
 	if c.ReadOnly && c.Sandbox != SandboxNamespace {
 		return fmt.Errorf("--readonly --sandbox=%s: "+
 			"descriptors that QEMU is given could be opened again for writing, "+
 			"as the mount is not read-only: use --sandbox=namespace, "+
 			"or mount the export read-only and leave out --readonly", c.Sandbox)
+	}
+	if err := c.checkGroups(); err != nil {
+		return err
 	}
 	have := cap.GetProc()
 	var missing []string
@@ -90,7 +99,7 @@ func (c Config) dropSupervisorCaps() error {
 			permitted = append(permitted, v)
 		}
 	}
-	return drop(supervisorCaps, permitted, permitted)
+	return drop(0, supervisorCaps, permitted, permitted)
 }
 
 // WithCaps runs f with all that the supervisor may have, to do again what it has
@@ -122,9 +131,13 @@ func (c Config) withCaps(f func() error) error {
 	return err
 }
 
-// drop leaves the process these capabilities, no supplementary groups, if it can
-// leave them, and no way to get more. It changes all threads, those to come included.
-func drop(effective, permitted, bounding []cap.Value) error {
+// dropAllButServerCaps leaves the server what requests need.
+func dropAllButServerCaps() error { return drop(os.Getegid(), serverCaps, serverCaps, nil) }
+
+// drop leaves the process these capabilities, the group gid alone, if it can leave
+// the supplementary ones, and no way to get more. It changes all threads, those to
+// come included.
+func drop(gid int, effective, permitted, bounding []cap.Value) error {
 	if err := cap.ResetAmbient(); err != nil {
 		return fmt.Errorf("drop ambient capabilities: %w", err)
 	}
@@ -137,7 +150,7 @@ func drop(effective, permitted, bounding []cap.Value) error {
 		}
 	}
 	if !keepsGroups() {
-		if err := cap.SetGroups(0); err != nil { // which lowers all effective capabilities, too
+		if err := cap.SetGroups(gid); err != nil { // which lowers all effective capabilities, too
 			return fmt.Errorf("drop supplementary groups: %w", err)
 		}
 	}

@@ -1,6 +1,7 @@
 package sandbox_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,7 +22,9 @@ import (
 // startInUserNamespace starts our helper of dir as root of a new user namespace,
 // in the test's mount namespace, as LXD and Incus do: the same words on its
 // command line, the connection as descriptor 3.
-func startInUserNamespace(t *testing.T, dir, setgroups string) (*helpertest.Process, *helpertest.Client) {
+func startInUserNamespace(t *testing.T, dir, setgroups string, options ...string) (
+	*helpertest.Process, *helpertest.Client,
+) {
 	t.Helper()
 	helpertest.NeedProgram(t, "setpriv", "util-linux")
 	ours, theirs := helpertest.SocketPair(t)
@@ -30,9 +33,9 @@ func startInUserNamespace(t *testing.T, dir, setgroups string) (*helpertest.Proc
 	const awaitRoot = `until grep -q . /proc/self/uid_map; do sleep 0.05; done; exec "$@"`
 	p := helpertest.Start(t, helpertest.Command{
 		Path: "/usr/bin/unshare",
-		Args: []string{"--user", "--keep-caps", "sh", "-c", awaitRoot, "sh",
+		Args: append([]string{"--user", "--keep-caps", "sh", "-c", awaitRoot, "sh",
 			"setpriv", "--reuid", "0", "--regid", "0", groups, "--inh-caps=-all", "--ambient-caps=-all",
-			helpertest.Ours(t), "--nodaemon", "--fd", "3", "--path", dir},
+			helpertest.Ours(t), "--nodaemon", "--fd", "3", "--path", dir}, options...),
 		Files: []*os.File{theirs},
 	})
 	mine, err := os.Readlink("/proc/self/ns/user")
@@ -104,6 +107,43 @@ func TestLauncherInUserNamespace(t *testing.T) {
 				t.Errorf("status %d\n%s", status, p.Output())
 			}
 		})
+	}
+}
+
+// It can make a user namespace in its own, for map:.
+func TestMapsInUserNamespace(t *testing.T) {
+	t.Parallel()
+	exportOf := func(uid, gid int) string {
+		dir := export(t)
+		if err := errors.Join(os.Chown(dir, uid, gid), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	for _, setgroups := range []string{"allow", "deny"} {
+		dir := exportOf(someRange+1000, someRange+1000)
+		p, c := startInUserNamespace(t, dir, setgroups, mapped...)
+		for _, id := range []uint32{0, 1000} {
+			for _, name := range makeAll(t, c, id, 0) {
+				want := [2]uint32{someRange + 1000 + id, someRange + 1000 + id}
+				if got := owner(t, filepath.Join(dir, name)); got != want {
+					t.Errorf("setgroups %s: %s is of %v on the host, not %v", setgroups, name, got, want)
+				}
+			}
+		}
+		makeAll(t, c, 2000, unix.EPERM)
+		c.Close()
+		p.Wait()
+		// One kind alone: the others are those of the outer namespace.
+		dir = exportOf(someRange+1000, someRange)
+		p, c = startInUserNamespace(t, dir, setgroups, mapped[0])
+		c.Want(0, codec.Mkdir, codec.Request{Path: helpertest.Path("/dir"), UID: 5, GID: 65535})
+		if got := owner(t, filepath.Join(dir, "dir")); got != [2]uint32{someRange + 1005, someRange + 65535} {
+			t.Errorf("setgroups %s: dir is of %v", setgroups, got)
+		}
+		c.Want(unix.EPERM, codec.Mkdir, codec.Request{Path: helpertest.Path("/dir2"), UID: 5, GID: 65536})
+		c.Close()
+		p.Wait()
 	}
 }
 
@@ -182,7 +222,13 @@ func TestContainer(t *testing.T) {
 			t.Errorf("%s: status %d, %q", caps, status, out)
 		}
 	}
+	// Nor user namespaces, which is said with another remedy.
 	dir := export(t)
+	status, out := helpertest.Run(t, container(t, dockerCaps, dir, "--sandbox=chroot", mapped[1]))
+	if status != 1 || !strings.Contains(out, "leave map: out") || !strings.Contains(out, "--translate-gid") ||
+		strings.Count(out, "\n") != 1 {
+		t.Errorf("with map: status %d, %q", status, out)
+	}
 	p := helpertest.Start(t, container(t, dockerCaps, dir, "-n", "--sandbox=chroot"))
 	name := filepath.Join(filepath.Dir(dir), "s")
 	helpertest.AwaitName(t, p, name)
@@ -271,6 +317,10 @@ var serviceOptions = map[string]func(dir string) error{
 		}
 		return unix.MoveMount(null, "", unix.AT_FDCWD, "/dev/null", unix.MOVE_MOUNT_F_EMPTY_PATH)
 	},
+	"ProtectKernelTunables=yes": func(string) error {
+		return errors.Join(unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""),
+			unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	},
 	"no devices": func(string) error {
 		return unix.Mount("tmpfs", "/dev", "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=755")
 	},
@@ -293,6 +343,31 @@ func enterService(options, dir string, args []string) {
 	}
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(99)
+}
+
+// In a user namespace the kernel mounts no /proc where a part of one is hidden.
+func TestMapsWithoutWholeProc(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(options ...string) (c helpertest.Command, name string) {
+		dir := export(t)
+		room := filepath.Dir(dir)
+		name = filepath.Join(room, "s")
+		return helpertest.Command{Path: self, Args: append([]string{inService, "ProtectKernelTunables=yes", room,
+			helpertest.Ours(t), "-p", dir, "-s", name, "-u", "0", "-g", "0"}, options...)}, name
+	}
+	c, _ := start(mapped...)
+	status, out := helpertest.Run(t, c)
+	if status != 1 || !strings.Contains(out, "ProtectKernelTunables=") || !strings.Contains(out, "--sandbox=chroot") {
+		t.Errorf("status %d, %q", status, out)
+	}
+	for _, options := range [][]string{{"-n"}, append(slices.Clone(mapped), "-n", "--sandbox=chroot")} {
+		c, name := start(options...)
+		helpertest.AwaitName(t, helpertest.Start(t, c), name)
+		helpertest.Dial(t, name).Want(0, codec.Lstat, request("/", 0))
+	}
 }
 
 // Under options of systemd that take away what is mounted, the daemon and the

@@ -33,17 +33,20 @@ func Descriptors(n uint64) (uint64, error) {
 }
 
 // Threads returns an error, with what raises the limit, if this process and
-// those that it starts may not have n threads. It looks at files of the host and
+// its servers may not have n threads. It looks at files of the host and
 // is to be called before DropSupervisorPrivileges, never by a server.
-func Threads(n uint64) error { return threads("", n) }
+func (c Config) Threads(n uint64) error {
+	return threads("", n, !isHostRoot() || c.UIDs != nil && first(c.UIDs).HostID != 0)
+}
 
-// threads is Threads with the host's files below root.
-func threads(root string, n uint64) error {
+// threads is Threads with the host's files below root. user means that the limit of
+// a user's processes counts.
+func threads(root string, n uint64, user bool) error {
 	limits := append(pidsMax(root), threadLimit{
 		readNumber(root + "/proc/sys/kernel/threads-max"), "sysctl kernel.threads-max",
 	})
 	var nproc unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &nproc); err == nil && !isHostRoot() {
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &nproc); err == nil && user {
 		limits = append(limits, threadLimit{
 			nproc.Cur, "ulimit -u, for all processes of this user; systemd: LimitNPROC=",
 		})

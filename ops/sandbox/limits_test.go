@@ -44,7 +44,7 @@ func TestThreadLimits(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		err := threads(root, 100)
+		err := threads(root, 100, false)
 		if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
 		}

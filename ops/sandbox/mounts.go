@@ -26,21 +26,29 @@ func (c Config) Start(cmd *exec.Cmd, dir *os.File, m *Mounts) error {
 	}
 	return c.withCaps(func() error {
 		export := dir
+		if cmd.SysProcAttr == nil {
+			cmd.SysProcAttr = &syscall.SysProcAttr{}
+		}
 		if c.Sandbox == SandboxNamespace {
 			var err error
 			if export, err = copyExport(dir, m); err != nil {
 				return err
 			}
 			defer export.Close()
-			if cmd.SysProcAttr == nil {
-				cmd.SysProcAttr = &syscall.SysProcAttr{}
-			}
 			cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNS | unix.CLONE_NEWNET |
 				unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID
 		}
 		cmd.ExtraFiles = append(cmd.ExtraFiles, export)
+		if c.mapsIDs() {
+			if err := c.intoUserNamespace(cmd); err != nil {
+				return err
+			}
+		}
 		err := cmd.Start()
-		if err != nil && c.Sandbox == SandboxNamespace {
+		switch {
+		case err != nil && c.mapsIDs():
+			err = needsMaps(err)
+		case err != nil && c.Sandbox == SandboxNamespace:
 			err = needsNamespaces("start in namespaces of its own", err)
 		}
 		return err
@@ -90,6 +98,9 @@ func (c Config) pivotRoot(export int) error {
 		}
 		cover, finish = finish, b.removeGone
 	}
+	if err := unix.Fchdir(export); err != nil {
+		return fmt.Errorf("chdir to the export: %w", err)
+	}
 	attr := &unix.MountAttr{
 		Attr_set:    unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC,
 		Propagation: unix.MS_PRIVATE,
@@ -108,7 +119,6 @@ func (c Config) pivotRoot(export int) error {
 			return unix.MoveMount(export, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}},
 		{"cover mounts below the export", cover},
-		{"chdir to the export", func() error { return unix.Fchdir(export) }},
 		// The old root comes to lie on the new one, and goes.
 		{"pivot_root", func() error { return unix.PivotRoot(".", ".") }},
 		{"unmount all but the export", func() error { return unix.Unmount(".", unix.MNT_DETACH) }},
@@ -134,13 +144,18 @@ func changeRoot(export int) error {
 
 // ownMounts gives this thread mounts of its own, with the process' own PID
 // namespace at /proc.
-func ownMounts() error {
+func (c Config) ownMounts() error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return needsNamespaces("unshare", err)
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	if err := unix.Mount("proc", "/proc", "proc", flags, ""); err != nil {
-		return needsNamespaces("mount /proc", err)
+		what := "mount /proc"
+		if c.mapsIDs() {
+			what += ", which map: takes where nothing hides a part of it " +
+				"(systemd: without ProtectKernelTunables=)"
+		}
+		return needsNamespaces(what, err)
 	}
 	return nil
 }

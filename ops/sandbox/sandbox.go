@@ -16,6 +16,7 @@
 //	syscalls.go     the lists
 //	limits.go       descriptors and threads
 //	userns.go       a user namespace, for a helper that is not started as root
+//	idmaps.go       a user namespace for servers, with certain ids alone
 //
 // The supervisor calls Keep, once, then Start for each server and Supervise with
 // what that server hands out; the server calls Enter, before it does anything
@@ -28,6 +29,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +41,9 @@ type Config struct {
 	Sandbox  Sandbox
 	Seccomp  Seccomp
 	ReadOnly bool // nobody can change the export; needs SandboxNamespace
+	// UIDs and GIDs are the ids that servers have, in a user namespace. Nil is all
+	// that this process has; both nil is no user namespace.
+	UIDs, GIDs []syscall.SysProcIDMap
 }
 
 // Sandbox is how the export becomes the server's root directory.
@@ -54,7 +59,7 @@ const (
 	// SandboxNone: chroot, as paths begin at the export, and nothing else:
 	// both processes keep the groups and, but on threads that have made files,
 	// the capabilities that they were started with. A hostile guest that takes
-	// over the server has the host.
+	// over the server has the host; with UIDs and GIDs, what these own there.
 	SandboxNone Sandbox = "none"
 )
 
@@ -106,7 +111,7 @@ func (c Config) enterSandbox(export int) error {
 		if err != nil {
 			return err
 		}
-		if err := drop(serverCaps, serverCaps, nil); err != nil {
+		if err := dropAllButServerCaps(); err != nil {
 			return err // and the other process ends with this one
 		}
 		return change()
@@ -116,7 +121,7 @@ func (c Config) enterSandbox(export int) error {
 		return needsNamespaces("make all mounts private", err)
 	}
 	return onThreadThatEnds(func() error {
-		if err := ownMounts(); err != nil {
+		if err := c.ownMounts(); err != nil {
 			return err
 		}
 		done := make(chan error)
@@ -124,7 +129,7 @@ func (c Config) enterSandbox(export int) error {
 		if err := <-done; err != nil {
 			return err
 		}
-		return drop(serverCaps, serverCaps, nil)
+		return dropAllButServerCaps()
 	})
 }
 

@@ -55,7 +55,7 @@ var startCalls = []string{
 	"memfd_create", "mount", "mount_setattr", "move_mount", "mremap", "open_tree", "openat2",
 	"pidfd_open", "pidfd_send_signal", "pivot_root", "pread64", "prlimit64", "pwrite64",
 	"seccomp", "set_tid_address", "setgid", "setgroups", "setpgid", "setrlimit", "setsid",
-	"sysinfo", "tgkill",
+	"setuid", "sysinfo", "tgkill",
 	"umask", "umount2", "uname", "unshare",
 	"kill", "wait4", "waitid",
 	"accept4", "bind", "connect", "flock", "inotify_add_watch", "inotify_init1", "inotify_rm_watch",

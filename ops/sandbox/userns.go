@@ -90,11 +90,8 @@ func AwaitIDs(fd int) error {
 // InsideIDs returns what a user and a group of the host are in the user namespace
 // of this process. -1 is the one that has started it.
 func InsideIDs(uid, gid int) (insideUID, insideGID int, err error) {
-	var ids user.IdentityMapping
-	if ids.UIDMaps, err = user.CurrentProcessUIDMap(); err != nil {
-		return 0, 0, err
-	}
-	if ids.GIDMaps, err = user.CurrentProcessGIDMap(); err != nil {
+	ids, err := currentIDs()
+	if err != nil {
 		return 0, 0, err
 	}
 	ownUID, ownGID := ids.RootPair()
@@ -110,6 +107,23 @@ func InsideIDs(uid, gid int) (insideUID, insideGID int, err error) {
 			uid, gid, ownUID, ownGID)
 	}
 	return insideUID, insideGID, nil
+}
+
+// HostIDs returns what a user and a group of this process' user namespace are on the
+// host.
+func HostIDs(uid, gid int) (hostUID, hostGID int, err error) {
+	ids, err := currentIDs()
+	if err != nil {
+		return 0, 0, err
+	}
+	return ids.ToHost(uid, gid)
+}
+
+func currentIDs() (ids user.IdentityMapping, err error) {
+	if ids.UIDMaps, err = user.CurrentProcessUIDMap(); err == nil {
+		ids.GIDMaps, err = user.CurrentProcessGIDMap()
+	}
+	return ids, err
 }
 
 // idKind is users or groups.

@@ -90,8 +90,9 @@ func Inherited() (inflight, progress *os.File) {
 }
 
 // InheritedControl returns the end of the socket pair that this process, a
-// server, was started with: its parent has made it, as the same user. It fails in
-// a process that no supervisor has started.
+// server, was started with: its parent has made it, as the same user or as one that
+// has given privileges away, in a user namespace, and can't have got any. It fails in a
+// process that no supervisor has started.
 func InheritedControl() (*Control, error) {
 	kind, err := unix.GetsockoptInt(controlFD, unix.SOL_SOCKET, unix.SO_TYPE)
 	if err != nil || kind != unix.SOCK_SEQPACKET {
@@ -102,8 +103,12 @@ func InheritedControl() (*Control, error) {
 	if err != nil {
 		return nil, fmt.Errorf("descriptor %d: peer of the control socket: %w", controlFD, err)
 	}
+	noNew, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
+	if err != nil {
+		return nil, fmt.Errorf("look at no_new_privs: %w", err)
+	}
 	// Both numbers are 0 in a PID namespace of the server's own.
-	if int(peer.Pid) != os.Getppid() || int(peer.Uid) != os.Geteuid() {
+	if int(peer.Pid) != os.Getppid() || int(peer.Uid) != os.Geteuid() && noNew == 0 {
 		return nil, fmt.Errorf("descriptor %d is a socket of process %d, user %d: "+
 			"a server is started by its supervisor, and by nothing else",
 			controlFD, peer.Pid, peer.Uid)

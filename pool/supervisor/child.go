@@ -130,6 +130,10 @@ func (sv *supervisor) startServer(program, export *os.File) (*server, error) {
 		if errors.Is(err, io.EOF) {
 			err = fmt.Errorf("the server died at its start: %v", status)
 		}
+		if sv.exportRemedy != "" {
+			err = fmt.Errorf("%w (the export belongs to an id that no map: has: %s)",
+				err, sv.exportRemedy)
+		}
 		return nil, err
 	}
 	return s, nil

@@ -47,7 +47,7 @@ func (c *Config) fitLimits(log *logging.Log) error {
 			"error", fmt.Errorf("%d descriptors are allowed, %d may be needed: %s",
 				allowed, needed, remedy))
 	}
-	if err := sandbox.Threads(c.threads()); err != nil {
+	if err := c.Sandbox.Threads(c.threads()); err != nil {
 		log.Warn("the server may die if many VMs are busy: lower --workers", "error", err)
 	}
 	return nil

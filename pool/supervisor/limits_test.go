@@ -136,4 +136,11 @@ func TestFewThreads(t *testing.T) {
 	if p, _ := startLimited(t, limit); p.Logged("ulimit -u") {
 		t.Errorf("root:\n%s", p.Output())
 	}
+	// With map: the server is not root.
+	p := helpertest.Start(t, helpertest.Command{Path: "/usr/bin/prlimit", Args: []string{
+		limit, helpertest.Ours(t), "-n", "-p", dir, "-s", name, "-u", "0", "-g", "0",
+		"--workers=1024", fmt.Sprintf("--translate-uid=map:0:%d:1", helpertest.Someone),
+	}})
+	helpertest.AwaitName(t, p, name)
+	helpertest.Eventually(t, "the warning", func() bool { return p.Logged("ulimit -u") })
 }

@@ -23,16 +23,22 @@ type mountsChanged struct{}
 // not answer: no more than StartTime is spent, so that servers can be started.
 func (sv *supervisor) resolveExport() (*os.File, error) {
 	type result struct {
-		dir *os.File
-		err error
+		dir    *os.File
+		remedy string
+		err    error
 	}
 	done := make(chan result, 1) // if it comes late the garbage collector closes dir
 	go func() {
+		var remedy string
 		dir, err := openExport(sv.Path)
-		done <- result{dir, err}
+		if err == nil {
+			remedy, err = sv.ownerRemedy(dir)
+		}
+		done <- result{dir, remedy, err}
 	}()
 	select {
 	case r := <-done:
+		sv.setExportRemedy(r.remedy)
 		return r.dir, r.err
 	case <-time.After(StartTime):
 		return nil, fmt.Errorf("--path: export %s: its file system does not answer", sv.Path)
@@ -66,6 +72,29 @@ func (sv *supervisor) lookAtMounts(export *os.File) (*sandbox.Mounts, error) {
 	}
 	sv.covered = covered
 	return m, nil
+}
+
+// ownerRemedy returns the command that gives an export to an id of servers, "" if it
+// belongs to one. The file system may not answer.
+func (sv *supervisor) ownerRemedy(export *os.File) (string, error) {
+	uid, gid, outside, err := sv.Sandbox.OutsideOwner(export)
+	if err != nil || !outside {
+		return "", err
+	}
+	if Rootless() {
+		if u, g, err := sandbox.HostIDs(uid, gid); err == nil {
+			uid, gid = u, g
+		}
+	}
+	return fmt.Sprintf("chown %d:%d %s", uid, gid, sv.Path), nil
+}
+
+// setExportRemedy logs what ownerRemedy has found, and keeps it for errors.
+func (sv *supervisor) setExportRemedy(remedy string) {
+	if sv.exportRemedy = remedy; remedy != "" {
+		sv.log.Warn("the export belongs to an id that no map: has: guests may do there what the "+
+			"host's other users may", "remedy", remedy)
+	}
 }
 
 // watchMounts tells the loop when what is mounted below the export changes, after

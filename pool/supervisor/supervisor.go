@@ -120,6 +120,10 @@ type supervisor struct {
 	gone     bool            // the log has told that the export is gone; lookAtMounts alone uses it
 	pause    time.Duration
 
+	// exportRemedy is the command that mends the export's owner, "" if that is right.
+	// One goroutine at a time that starts a server uses it.
+	exportRemedy string
+
 	stopping bool
 	stopped  error // what went wrong with that
 	once     bool  // leave when no connection is left: there was one
@@ -249,6 +253,11 @@ func (c *Config) supervise(around surroundings) error {
 	if err := c.Sandbox.DropSupervisorPrivileges(); err != nil {
 		return err
 	}
+	remedy, err := sv.ownerRemedy(export)
+	if err != nil {
+		return err
+	}
+	sv.setExportRemedy(remedy)
 	mounts, err := sandbox.MountsOf(export)
 	if err != nil {
 		return err

@@ -259,6 +259,46 @@ var mutations = []mutation{
 		tests: []string{"-run ^TestThreads$ ./ops/sandbox"},
 	},
 	{
+		name:  "ids-outside",
+		claim: "with map: the server has these ids alone",
+		edits: []edit{{
+			"ops/sandbox/idmaps.go",
+			"{ return c.UIDs != nil || c.GIDs != nil }",
+			"{ return false }",
+		}},
+		tests: []string{"-run ^TestMapWalls$ ./ops"},
+	},
+	{
+		name:  "one-kind",
+		claim: "map: for groups alone is a wall for groups",
+		edits: []edit{{
+			"ops/sandbox/idmaps.go",
+			"{ return c.UIDs != nil || c.GIDs != nil }",
+			"{ return c.UIDs != nil }",
+		}},
+		tests: []string{"-run ^TestTranslateOneKind$ ./ops"},
+	},
+	{
+		name:  "users-without-root",
+		claim: "where the guest has no root, its users have no capabilities either",
+		edits: []edit{{
+			"ops/credentials.go",
+			"		errno = capset(&noCaps)\n",
+			"",
+		}},
+		tests: []string{"-run ^TestTranslateWithoutRoot$ ./ops"},
+	},
+	{
+		name:  "groups-into-namespace",
+		claim: "with map: the server has no group of its starter, without a sandbox either",
+		edits: []edit{{
+			"ops/sandbox/idmaps.go",
+			"		NoSetGroups: keepsGroups(),\n",
+			"		NoSetGroups: true,\n",
+		}},
+		tests: []string{"-run ^TestMappedWithoutSandbox$ ./ops/sandbox"},
+	},
+	{
 		name:  "network",
 		claim: "the server has no network",
 		edits: []edit{{
