@@ -52,6 +52,7 @@ type action int
 const (
 	busyPoll action = iota
 	block
+	pollBriefly // for a tenth of a quantum
 	poll
 	park // nowhere: the connection goes back to the epoll loop
 )
@@ -111,6 +112,8 @@ func (p *policy) next(e event, now int64, l load) action {
 		p.at = park
 	case e == answered && p.sparse:
 		p.at = pollOrPark(l)
+	case e == answered && l.waiting: // who thinks for longer keeps nobody from a worker
+		p.at = pollBriefly
 	case e == answered && p.busyPolls() && l.alone:
 		p.at = busyPoll
 	case e == answered:

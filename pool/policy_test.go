@@ -2,7 +2,9 @@ package pool
 
 import "testing"
 
-func (a action) String() string { return [...]string{"busy-poll", "block", "poll", "park"}[a] }
+func (a action) String() string {
+	return [...]string{"busy-poll", "block", "poll briefly", "poll", "park"}[a]
+}
 
 var (
 	quiet   = load{alone: true, mayPoll: true}
@@ -43,7 +45,7 @@ func TestPolicyWaits(t *testing.T) {
 		"the runtime wants the thread": {policy{noBusyPoll: true}, []step{
 			{answered, 0, quiet, block}, {interrupted, 0, quiet, poll}}},
 		"others wait: not before the quantum": {policy{noBusyPoll: true, began: ms}, []step{
-			{answered, 5 * ms, waiting, block}, {empty, 5 * ms, waiting, park}}},
+			{answered, 5 * ms, waiting, pollBriefly}, {empty, 5 * ms, waiting, park}}},
 		"others wait: after it":    {policy{began: ms}, []step{{answered, 6 * ms, waiting, park}}},
 		"nobody waits: it goes on": {policy{began: ms, noBusyPoll: true}, []step{{answered, 6 * ms, quiet, block}}},
 		"enough others poll already": {policy{noBusyPoll: true}, []step{

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -34,25 +35,36 @@ const (
 // procs gives each worker a Go processor, which one keeps that waits in a raw
 // system call. There are no more than that, as each collection starts a thread for
 // each fourth: their number is doubled when needed, which stops the world.
-type procs struct{ workers atomic.Int32 }
+type procs struct {
+	mu      sync.Mutex   // held while workers changes
+	workers atomic.Int32 // that have one
+}
 
 // fit makes sure that there are enough for so many workers.
 func (p *procs) fit(workers int32) {
-	for {
-		have := p.workers.Load()
-		if have != 0 && workers <= have {
-			return
-		}
-		if p.workers.CompareAndSwap(have, max(fewWorkers, 2*have)) {
-			runtime.GOMAXPROCS(int(p.workers.Load()) + slackProcs)
-		}
+	if workers > 0 && workers <= p.workers.Load() {
+		return
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	have := max(fewWorkers, p.workers.Load())
+	for have < workers {
+		have *= 2
+	}
+	p.set(have)
 }
 
 // rest leaves what few workers need.
 func (p *procs) rest() {
-	if p.workers.Swap(fewWorkers) != fewWorkers {
-		runtime.GOMAXPROCS(fewWorkers + slackProcs)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.set(fewWorkers)
+}
+
+// set is for a caller who holds mu.
+func (p *procs) set(workers int32) {
+	if p.workers.Swap(workers) != workers {
+		runtime.GOMAXPROCS(int(workers) + slackProcs)
 	}
 }
 

@@ -194,12 +194,12 @@ func mountHang(t *testing.T, dir string) (release func()) {
 	return fs.Release
 }
 
-// A request that hangs, hangs alone; once all workers hang, others wait, and
-// go on afterwards.
+// A request that hangs, hangs alone; once all workers hang that a peer may have, its
+// others wait, and go on afterwards.
 func TestStuckRequest(t *testing.T) {
 	helpertest.EachWay(t, helpertest.ManyVMs, func(t *testing.T, way helpertest.Way) {
 		var fs *slowfs.FS
-		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs), Args: []string{"--workers=2"}})
+		h := way.Start(t, helpertest.Setup{Fill: fillStuck(&fs), Args: []string{"--workers=4"}})
 		before := h.Dial()
 		first, second := h.Dial(), h.Dial()
 		first.Send(frame(codec.Lstat, "/stuck/x"))
@@ -225,7 +225,7 @@ func TestStuckRequest(t *testing.T) {
 	})
 }
 
-// More connections ask all the time than there are workers, some of them for what
+// More connections ask all the time than there are workers for their peer, some of them for what
 // hangs: all the others are served, by the first server and by those after it.
 func TestMoreThanWorkers(t *testing.T) {
 	const clients, hanging = 48, 4
@@ -235,7 +235,7 @@ func TestMoreThanWorkers(t *testing.T) {
 		t.Fatal(err)
 	}
 	release := mountHang(t, stuck)
-	p, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=10")
+	p, name := helpertest.Listen(t, helpertest.Ours(t), dir, "--workers=24")
 	var asking sync.WaitGroup
 	done := make(chan struct{})
 	var served [clients]atomic.Uint64

@@ -15,7 +15,7 @@ func (c *conn) await() outcome {
 	}
 	w := c.srv.workers
 	for e := answered; ; {
-		load, now := w.load(), int64(0)
+		load, now := w.load(c.peer), int64(0)
 		if load.waiting {
 			now = nanotime()
 		}
@@ -27,6 +27,11 @@ func (c *conn) await() outcome {
 			n, errno = c.busyPoll()
 		case block:
 			n, errno = c.slot.Receive(c.fd, 0, c.raw)
+		case pollBriefly:
+			n, errno = -1, unix.EAGAIN
+			if c.readable(quantum / 10) {
+				n, errno = c.slot.Receive(c.fd, unix.MSG_DONTWAIT, c.raw)
+			}
 		case poll:
 			began := nanotime()
 			w.polling.Add(1)

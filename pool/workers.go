@@ -32,7 +32,7 @@ type workers struct {
 type peer struct {
 	number uint64
 	conns  int // under Server.mu
-	leases int
+	leases atomic.Int32
 	ready  ring[*conn] // wait for a worker
 	queued bool        // in workers.turns
 }
@@ -46,14 +46,16 @@ func newWorkers(most int, lease func(*conn) bool) *workers {
 // share is how many leases a peer may have.
 func (w *workers) share() int { return max(1, w.max/2) }
 
-// load is what the policy is told of.
-func (w *workers) load() load {
-	polling := w.polling.Load()
-	busy := w.leases.Load() - polling - w.hung.Load()
+// load is what the policy of a connection of p's is told of. A poll is long: it
+// begins only while both p and all have at most half of the workers that they may
+// have, so that others hardly ever wait for its end.
+func (w *workers) load(p *peer) load {
+	leases := int(w.leases.Load())
+	busy := leases - int(w.polling.Load()+w.hung.Load())
 	return load{
 		waiting: w.waiting.Load() > 0,
-		alone:   int(busy) <= max(1, runtime.NumCPU()/2),
-		mayPoll: int(polling) < w.max/4,
+		alone:   busy <= max(1, runtime.NumCPU()/2),
+		mayPoll: 2*leases <= w.max && 2*int(p.leases.Load()) <= w.share(),
 	}
 }
 
@@ -103,7 +105,7 @@ func (w *workers) work(c *conn, freed *peer) {
 // more, or nil if there are enough workers who wait.
 func (w *workers) another(p *peer, more chan *conn) *conn {
 	w.mu.Lock()
-	p.leases--
+	p.leases.Add(-1)
 	w.queue(p)
 	c := w.next()
 	if c != nil {
@@ -124,7 +126,7 @@ func (w *workers) another(p *peer, more chan *conn) *conn {
 
 // queue gives p a turn if it waits for one and may have it. The caller holds mu.
 func (w *workers) queue(p *peer) {
-	if !p.queued && p.ready.len() > 0 && p.leases < w.share() {
+	if !p.queued && p.ready.len() > 0 && int(p.leases.Load()) < w.share() {
 		p.queued = true
 		w.turns.push(p)
 	}
@@ -138,7 +140,7 @@ func (w *workers) next() *conn {
 	}
 	p := w.turns.pop()
 	c := p.ready.pop()
-	p.leases++
+	p.leases.Add(1)
 	p.queued = false
 	w.waiting.Add(-1)
 	w.queue(p)

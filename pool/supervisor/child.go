@@ -22,10 +22,10 @@ type server struct {
 	cmd     *exec.Cmd
 	control *ipc.Control
 	memory  *memory
-	began   time.Time
-	state   state // the starter's, then the loop's
-	stopped bool  // told to leave
-	killed  bool  // by this supervisor, which has logged why
+	began   time.Time // to serve
+	state   state     // the starter's, then the loop's
+	stopped bool      // told to leave
+	killed  bool      // by this supervisor, which has logged why
 	loops   loops
 }
 
@@ -111,7 +111,7 @@ func (sv *supervisor) startServer(program, export *os.File) (*server, error) {
 	}
 	pipes.Read(cmd.Process.Pid)
 	theirs.Close()
-	s := &server{cmd: cmd, control: control, memory: memory, began: time.Now(), loops: started}
+	s := &server{cmd: cmd, control: control, memory: memory, loops: started}
 	// One that hangs would keep all others from being started.
 	late := time.AfterFunc(StartTime, func() { cmd.Process.Kill() })
 	err = sv.awaitReady(s)
@@ -136,6 +136,7 @@ func (sv *supervisor) startServer(program, export *os.File) (*server, error) {
 		}
 		return nil, err
 	}
+	s.began = time.Now()
 	return s, nil
 }
 
