@@ -121,11 +121,14 @@ func (c *conn) serve() outcome {
 
 // resume answers what was in work before the lease.
 func (c *conn) resume() outcome {
-	if c.recovered {
-		if c.unsent.bytes == nil {
-			return goesOn
-		}
+	switch {
+	case !c.recovered:
+	case c.unsent.bytes != nil:
 		return c.send(c.unsent)
+	case c.raw || c.ready():
+		return goesOn
+	default: // the loop has not received what has come
+		return c.receive()
 	}
 	c.recovered = true
 	if end := c.recover(); end != goesOn {
@@ -133,6 +136,14 @@ func (c *conn) resume() outcome {
 	}
 	if !c.ready() { // most connections are idle when they come
 		return parks
+	}
+	return goesOn
+}
+
+// receive receives what has come, by a call that the scheduler knows of.
+func (c *conn) receive() outcome {
+	if received(c.slot.Receive(c.fd, unix.MSG_DONTWAIT, false)) < 0 {
+		return ends
 	}
 	return goesOn
 }

@@ -91,9 +91,15 @@ type inProcess struct {
 
 func newInProcess(tb testing.TB) *inProcess {
 	tb.Helper()
+	return newInProcessOf(tb, slots)
+}
+
+func newInProcessOf(tb testing.TB, workers int) *inProcess {
+	tb.Helper()
 	s := &inProcess{ended: map[uint32]bool{}}
 	var err error
-	s.Server, err = pool.NewServer(host().fs, host().memory, &pool.Config{Workers: slots}, func(id uint32, ended bool) {
+	cfg := &pool.Config{Workers: workers}
+	s.Server, err = pool.NewServer(host().fs, host().memory, cfg, func(id uint32, ended bool) {
 		s.mu.Lock()
 		s.ended[id] = ended
 		s.mu.Unlock()
@@ -386,6 +392,43 @@ func TestPassedDescriptorWaits(t *testing.T) {
 	readAll(t, hostile, answer)
 	unix.Close(hostile)
 	unix.Close(other)
+	<-s.Empty()
+	s.Close()
+}
+
+// What a worker has to receive itself is received, even where it may not wait: each
+// request comes after a pause, and there is one worker for all.
+func TestReceivedByWorker(t *testing.T) {
+	helpertest.NeedRoot(t)
+	if !ownProcess(t) {
+		return
+	}
+	s := newInProcessOf(t, 1)
+	request := (&codec.Request{Path: codec.CString("/\x00")}).Append(nil, codec.Lstat)
+	var clients []int
+	for id := range uint32(3) {
+		if err := inflight.Clear(host().file, id); err != nil {
+			t.Fatal(err)
+		}
+		ours, theirs := socketPair(t)
+		if err := s.Add(theirs, ipc.NewConn{ID: id, Number: uint64(id), Peer: 1}); err != nil {
+			t.Fatal(err)
+		}
+		clients = append(clients, ours)
+	}
+	answer := make([]byte, codec.HeaderSize+codec.StatSize)
+	for range 5 {
+		for _, client := range clients {
+			if _, err := unix.Write(client, request); err != nil {
+				t.Fatal(err)
+			}
+			readAll(t, client, answer)
+		}
+		time.Sleep(25 * time.Millisecond) // longer than a worker blocks
+	}
+	for _, client := range clients {
+		unix.Close(client)
+	}
 	<-s.Empty()
 	s.Close()
 }
