@@ -74,7 +74,6 @@ const (
 	retries                   // its request some time later
 	ends                      // the client has left, or is not to be served
 	handedOver                // it goes to another server
-	tainted                   // goes on with another thread, as this one is to end
 )
 
 // Send buffers, in bytes before the kernel doubles them.
@@ -102,21 +101,22 @@ func prepare(fd int) error {
 }
 
 // serve is a lease: it serves what has come, and all that comes while the policy
-// lets the worker wait.
-func (c *conn) serve() outcome {
+// lets the worker wait. The thread is not sound if it could not take back the
+// identity of a request, whatever becomes of the connection: it is to end.
+func (c *conn) serve() (end outcome, sound bool) {
 	if c.srv.handingOver.Load() {
-		return handedOver
+		return handedOver, true
 	}
 	c.turn.begin()
 	defer c.turn.end()
 	c.policy.lease(nanotime())
-	end := c.resume()
+	end = c.resume()
 	for end == goesOn {
 		if end = c.serveFrames(); end == goesOn {
 			end = c.await()
 		}
 	}
-	return end
+	return end, !c.turn.call.Tainted
 }
 
 // resume answers what was in work before the lease.
@@ -202,14 +202,16 @@ func (c *conn) answer(t codec.Type, size int) outcome {
 		now = nanotime()
 	}
 	c.policy.sends(now)
+	if call.Tainted {
+		c.log().Error("a thread could not take back the identity of a request: it serves no other",
+			"request", t.String())
+	}
 	if end := c.send(answer{bytes: call.Out, fd: call.FD, t: t, size: size}); end != goesOn {
 		return end
 	}
 	switch {
 	case call.Tainted:
-		c.log().Error("a thread could not take back the identity of a request: it serves no other",
-			"request", t.String())
-		return tainted
+		return queues // for another thread
 	case c.srv.handingOver.Load():
 		return handedOver
 	}

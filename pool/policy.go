@@ -122,7 +122,7 @@ func (p *policy) next(e event, now int64, l load) action {
 		p.misses++
 		p.at = block
 	case p.at == block && e == interrupted:
-		p.at = poll
+		p.at = pollOrPark(l)
 	case p.at == block:
 		p.sparse = true
 		p.at = pollOrPark(l)

@@ -44,6 +44,8 @@ func TestPolicyWaits(t *testing.T) {
 			{answered, 0, quiet, poll}, {empty, 0, quiet, park}}},
 		"the runtime wants the thread": {policy{noBusyPoll: true}, []step{
 			{answered, 0, quiet, block}, {interrupted, 0, quiet, poll}}},
+		"the runtime does, and others wait": {policy{noBusyPoll: true}, []step{
+			{answered, 0, quiet, block}, {interrupted, 0, waiting, park}}},
 		"others wait: not before the quantum": {policy{noBusyPoll: true, began: ms}, []step{
 			{answered, 5 * ms, waiting, pollBriefly}, {empty, 5 * ms, waiting, park}}},
 		"others wait: after it":    {policy{began: ms}, []step{{answered, 6 * ms, waiting, park}}},

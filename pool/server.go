@@ -167,27 +167,27 @@ func (s *Server) Add(fd int, n ipc.NewConn) error {
 // is another thread's.
 func (s *Server) lease(c *conn) (sound bool) {
 	setSlack(workerSlack)
-	end := c.serve()
+	end, sound := c.serve()
 	switch end {
-	case queues, tainted:
+	case queues:
 		s.workers.submit(c)
-		return end != tainted
+		return sound
 	case retries:
 		time.AfterFunc(c.retryIn(), func() { s.workers.submit(c) })
-		return true
+		return sound
 	}
 	s.mu.Lock()
 	var failed error
 	if end == parks && !s.handingOver.Load() {
 		if failed = s.loop.park(c); failed == nil {
 			s.mu.Unlock()
-			return true
+			return sound
 		}
 	}
 	closing := s.leave(c, end == ends || failed != nil, failed)
 	s.mu.Unlock()
 	closing()
-	return true
+	return sound
 }
 
 // leave takes out a connection that is neither parked nor leased any more. The
