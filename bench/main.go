@@ -15,7 +15,7 @@
 //	run.go         lets the programs take turns
 //	stats.go       percentiles and ratios
 //	report.go      the tables and the JSON output
-//	table.go       the table of the README
+//	table.go       all operations in groups, pinned (--table)
 //	plot.go        the HTML page
 //	machine.go     placement on CPUs
 //	neighbours.go  other connections to the same helper
@@ -69,7 +69,7 @@ const usage = `Bench measures helpers for QEMU's "-fsdev proxy": it plays QEMU, 
 flight on each connection, and prints latency, throughput and CPU time.
 
   bench --peer                        every operation, ours beside the C helper
-  bench --table                       the table of the README, in some minutes
+  bench --table                       all operations in groups, pinned, in some minutes
   bench --peer --ops lstat,create     two of them
   bench --peer --mix guest            what a Linux guest sends, at random
   bench --peer --replay g.trace.gz    what a guest has sent, in order; the ratio of
@@ -133,7 +133,7 @@ func parseOptions(args []string) (*options, error) {
 		"--connections 1,8,64 --pin split,shared,unpinned --floor --sparse 2ms,20ms --idle 5s, "+
 			"where not given")
 	f.BoolVar(&o.table, "table", false,
-		"beside the C helper, measure what the README's table says, and print it as Markdown")
+		"beside the C helper, measure all operations in groups, pinned, and print them as Markdown")
 	f.Uint64Var(&o.seed, "seed", 1, "of the random mixture")
 	f.StringVar(&o.dir, "dir", "",
 		"where to make the directories to export (default: a fresh ext4 in memory)")

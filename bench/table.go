@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// The table that the README shows (--table): ratios to the C helper, of the
+// The table of all operations in groups (--table): ratios to the C helper, of the
 // worst operation of each group.
 
 // tableGroups are the rows of the table: all operations, in groups of similar ones.
